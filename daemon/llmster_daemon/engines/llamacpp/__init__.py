@@ -1,0 +1,1 @@
+"""llama.cpp over the low-level API of llama-cpp-python."""

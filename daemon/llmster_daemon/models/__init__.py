@@ -1,0 +1,1 @@
+"""Model files: the store on disk, GGUF metadata, import and the sample model."""

@@ -1,0 +1,1 @@
+"""Engine processes: started, watched, restarted with backoff, found again after a restart."""
