@@ -1,0 +1,3 @@
+"""llmster's node daemon."""
+
+__version__ = "0.1.0"

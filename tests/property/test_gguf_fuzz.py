@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.gguf import TENSORS, gguf_bytes, tensor_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fakes.gguf import TENSORS, gguf_bytes, tensor_bytes
 from llmster_daemon.errors import BadModel
 from llmster_daemon.models.gguf import GgufInfo, read_gguf
 from llmster_daemon.models.index import Entry, Index

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fakes.gguf import F16, F32, Q4_1, Q8_0, TENSORS, Tensor, Typed, gguf_bytes, text
 from llmster_daemon.errors import BadModel
 from llmster_daemon.models.gguf import MAX_METADATA_BYTES, GgufInfo, read_gguf

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fakes.gguf import F16, Q8_0, Tensor, gguf_bytes
 from llmster_daemon.errors import BadModel, BadRequest, Conflict, HomeError, LlmsterError, NotFound
 from llmster_daemon.models import files, store

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fakes.gguf import gguf_bytes
 from llmster_daemon.errors import LlmsterError, Unavailable
 from llmster_daemon.models import sample

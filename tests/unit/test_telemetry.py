@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from llmster_daemon.protocol.node import GpuInfo, GpuReading
 from llmster_daemon.telemetry.cpu import HostCpu
 from llmster_daemon.telemetry.fake import FakeCpu, FakeGpus

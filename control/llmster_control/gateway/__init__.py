@@ -1,0 +1,1 @@
+"""The request path of the pool: choose a route, relay, recover. No database here."""

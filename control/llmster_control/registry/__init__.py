@@ -1,0 +1,1 @@
+"""Who is in the pool, and whether it still reports."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ..errors import ContextOverflow, EngineLost, LlmsterError, Unavailable
-from .base import Chunk, EngineStatus, Generation, GenerateParams, Prefilled, Reservation
+from .base import Chunk, EngineStatus, GenerateParams, Generation, Prefilled, Reservation
 from .worker.ipc import LENGTH, FrameError, frame_length, pack, unpack
 
 CONNECT_TIMEOUT_S = 5.0
@@ -132,9 +132,7 @@ class LocalEngine:
         request_id = f"tokenize-{id(object())}"
         events = self._open(request_id)
         try:
-            await self._send(
-                {"op": "tokenize", "id": request_id, "text": text, "add_bos": add_bos}
-            )
+            await self._send({"op": "tokenize", "id": request_id, "text": text, "add_bos": add_bos})
             async with asyncio.timeout(REPLY_TIMEOUT_S):
                 kind, value = await events.get()
         finally:

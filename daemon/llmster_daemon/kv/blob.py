@@ -42,7 +42,7 @@ class KvLayout:
             (cells,) = U32.unpack_from(blob, HEAD.size)
             at = HEAD.size + U32.size + cells * CELL_BYTES
             transposed, layers = SHAPE.unpack_from(blob, at)
-            if streams != 1 or transposed or not 0 < layers < 4096 or not 0 < cells:
+            if streams != 1 or transposed or not 0 < layers < 4096 or not cells > 0:
                 raise BlobError(
                     f"streams {streams}, transposed {transposed}, layers {layers}, cells {cells}"
                 )

@@ -160,6 +160,8 @@ class PoolFeed(Frozen):
 
     type: Literal["feed"] = "feed"
     gateway_url: str
+    your_name: str | None = None
+    """The receiver's name, where the control plane had to change it to keep names unique."""
     peers: tuple[Peer, ...] = ()
     models: tuple[str, ...] = ()
 

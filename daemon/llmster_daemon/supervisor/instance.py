@@ -132,6 +132,20 @@ class Instance:
         self._become(self.life.unloaded())
         self._wake.set()
 
+    async def halt(self) -> None:
+        """Stop the engine but keep the instance wanted: it comes back with the next daemon."""
+        process = self._process
+        if process is None:
+            return
+        if self.engine is not None:
+            await self.engine.stop()
+        else:
+            process.signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_LIMIT_S):
+                await process.wait()
+        await process.kill()
+
     async def run(self) -> None:
         """Keep the engine running until it is unloaded. Cancelling this leaves it running."""
         try:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..errors import HomeError
 from ..protocol.base import Frozen
@@ -33,7 +33,7 @@ class Handle(Frozen):
     model_path: str
     engine: str = "llamacpp"
     options: LoadOptions = LoadOptions()
-    extra: dict[str, object] = {}
+    extra: dict[str, object] = Field(default_factory=dict)
     socket_path: str
     pid: int | None = None
     started_ticks: int | None = None

@@ -1,10 +1,10 @@
 """The life of a supervised process. Pure: time comes in, decisions come out.
 
-    starting -> loading -> ready
-       ^                     |    any exit that nobody asked for
-       `----- backoff <------'    (failed: it can't work, or never did in five tries)
+starting -> loading -> ready
+   ^                     |    any exit that nobody asked for
+   `----- backoff <------'    (failed: it can't work, or never did in five tries)
 
-    unload: -> stopping -> gone
+unload: -> stopping -> gone
 """
 
 from dataclasses import dataclass, replace

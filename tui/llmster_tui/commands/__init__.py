@@ -1,0 +1,1 @@
+"""The commands: `serve` starts things, `show` looks, `manage` changes."""

@@ -76,12 +76,10 @@ class LlamaBackend:
         data = text.encode("utf-8", "replace")
         room = len(data) + 2
         tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), tokens, room, add_bos, True
-        )
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), tokens, room, add_bos, True)
         if count < 0:
             raise BackendError("the text can't be tokenised")
-        return tokens[:count]
+        return list(tokens[:count])
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -242,9 +240,7 @@ class _BatchViews:
         self.n_seq = np.ctypeslib.as_array(batch.n_seq_id, shape=(capacity,))
         self.logits = np.ctypeslib.as_array(batch.logits, shape=(capacity,))
         # llama.cpp allocates an array of one sequence id for every row.
-        self._slots = [
-            np.ctypeslib.as_array(batch.seq_id[i], shape=(1,)) for i in range(capacity)
-        ]
+        self._slots = [np.ctypeslib.as_array(batch.seq_id[i], shape=(1,)) for i in range(capacity)]
         self.n_seq[:] = 1
 
     def fill(self, batch: Batch) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from ...protocol.base import Frozen
 
@@ -28,7 +29,7 @@ class EngineSpec(Frozen):
     gpu_layers: int = -1
     orphan_timeout_s: float = 300.0
     """Without a daemon for this long, the process ends by itself."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

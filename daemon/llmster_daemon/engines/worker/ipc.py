@@ -4,6 +4,7 @@ One frame per step carries the output of every sequence: a socket message costs 
 microseconds, so one message per token would cost more than the tokens.
 """
 
+import contextlib
 import socket
 import struct
 import threading
@@ -124,10 +125,8 @@ class Connection:
             self._backlog.clear()
             self._backlog_bytes = 0
             self._more.notify()
-            try:
+            with contextlib.suppress(OSError):  # it may be gone already
                 self.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # already gone
 
     def _drain(self) -> None:
         while True:

@@ -4,10 +4,11 @@ Both run on threads of their own and talk to the context's owner only through `p
 message (name, request id, ...) into its inbox; they never touch the model.
 
     sender posts    prefill_connected, prefill_delivered (kv bytes), prefill_failed (reason)
-    receiver posts  kv_connected, kv_range (start, end, blob, credit), kv_done (logits, clock, reply),
-                    kv_failed (reason)
+    receiver posts  kv_connected, kv_range (start, end, blob, credit), kv_failed (reason),
+                    kv_done (logits, clock, reply)
 """
 
+import contextlib
 import queue
 import secrets
 import socket
@@ -99,9 +100,7 @@ class KvReceiver:
                     raise WireError("the first message must be HELLO")
                 hello = json_body(frame)
                 with self._lock:
-                    request_id, tokens = self._expected.pop(
-                        str(hello.get("ticket", "")), ("", 0)
-                    )
+                    request_id, tokens = self._expected.pop(str(hello.get("ticket", "")), ("", 0))
                     if request_id:
                         self._open[request_id] = sock
                 refusal = self._refusal(request_id, tokens, hello)
@@ -267,10 +266,8 @@ class KvSender:
 
 def shut(sock: socket.socket) -> None:
     """Cut a connection that another thread is blocked on."""
-    try:
+    with contextlib.suppress(OSError):  # it may be gone already
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # already gone
 
 
 def reason_of(error: Exception) -> str:

@@ -171,9 +171,7 @@ class Scheduler:
     def _make_room(self, step: Step) -> None:
         while True:
             needed = sum(1 for s in self.resident if s.phase is Phase.RUNNING)
-            prefilling = any(
-                s.phase is Phase.PREFILLING and not s.stalled for s in self.resident
-            )
+            prefilling = any(s.phase is Phase.PREFILLING and not s.stalled for s in self.resident)
             # A prompt under way needs at least one cell, or nothing would move at all.
             if not needed and prefilling:
                 needed = 1
@@ -230,6 +228,4 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Cells that admitted prompts will still take."""
-        return sum(
-            len(s.tokens) - s.computed for s in self.resident if s.phase is Phase.PREFILLING
-        )
+        return sum(len(s.tokens) - s.computed for s in self.resident if s.phase is Phase.PREFILLING)

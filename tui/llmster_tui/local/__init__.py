@@ -1,0 +1,1 @@
+"""A whole pool on this machine: started, supervised, stopped, and shown off."""
