@@ -85,8 +85,9 @@ class PoolLink:
                     log.info("joined the pool at %s", control_url)
                     retry_s, told = FIRST_RETRY_S, False
                     await self._talk(socket)
-            except (OSError, WebSocketException) as error:
+            except* (OSError, WebSocketException) as errors:
                 if not told:
+                    error = errors.exceptions[0]
                     log.warning("no control plane at %s (%s): trying on", control_url, error)
                     told = True
             finally:

@@ -113,7 +113,7 @@ def router(members: Members, store: Store, writer: StoreWriter) -> APIRouter:
         member = members.find(name)
         if body.role is not None and body.role != member.known.role:
             await members.command(member, "role", role=body.role)
-            member.known = member.known.model_copy(update={"role": body.role})
+            members.set_role(member, body.role)
         if body.draining is not None:
             members.set_draining(member, body.draining)
         return members.view(member)

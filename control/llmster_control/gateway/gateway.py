@@ -25,6 +25,7 @@ from llmster_daemon.protocol.base import Frozen
 from llmster_daemon.protocol.node import RouteRecord, ServePlan
 
 MAX_ATTEMPTS = 6
+"""How often a request may fail on nodes that took it: it may be what kills their engines."""
 REVIVAL_WAIT_S = 20.0
 """How long a request waits for an engine or a node that is coming back."""
 LOOK_AGAIN_S = 0.25
@@ -69,8 +70,8 @@ class Gateway:
         deadline_s = time.monotonic() + REVIVAL_WAIT_S
         excluded: set[str] = set()
         last: LlmsterError | None = None
-        attempt = 0
-        while attempt < MAX_ATTEMPTS:
+        attempt = failed = 0
+        while failed < MAX_ATTEMPTS:
             ask = Ask(model, len(body), prefer, frozenset(excluded), self._in_flight)
             decision = choose(self._members.snapshot(), ask)
             if isinstance(decision, NoRoute):
@@ -87,6 +88,8 @@ class Gateway:
             except LlmsterError as error:
                 last = error
                 excluded.add(node.node_id)
+                # A node that can't be reached may be starting again; only the deadline ends that.
+                failed += error.code != "node_unreachable"
                 if isinstance(decision, Split) and error.code == "unknown_peer":
                     excluded.add(decision.prefill.node_id)
         raise last or self._no_route(model)

@@ -19,6 +19,7 @@ from llmster_control.store.store import KnownNode
 from llmster_control.store.writer import StoreWriter
 from llmster_daemon.errors import BadRequest, NotFound, Unavailable
 from llmster_daemon.pool_link import result_error
+from llmster_daemon.protocol.base import Role
 from llmster_daemon.protocol.node import (
     Command,
     CommandName,
@@ -106,6 +107,8 @@ class Members:
             self._members[hello.node_id] = member
         self._drop_pending(member)
         member.known, member.send = known, send
+        # What an earlier connection was told, this one was not.
+        self._fed.pop(hello.node_id, None)
         self._writer.put_node(known)
         log.info("node %s joined (%s)", known.name, known.url)
         await self._feed(member)
@@ -141,10 +144,18 @@ class Members:
             future.set_result(result)
 
     def add_routes(self, node_id: str | None, routes: Iterable[RouteRecord]) -> None:
-        """Remember how requests were served."""
-        routes = list(routes)
-        self.routes.extend(routes)
-        self._writer.put_routes([(node_id, route) for route in routes])
+        """Remember how requests were served; of one that was tried again, the last attempt."""
+        news = []
+        for route in routes:
+            told = next((r for r in self.routes if r.request_id == route.request_id), None)
+            if told is not None:
+                # The node that failed may report later than the one that served.
+                if told.attempts > route.attempts:
+                    continue
+                self.routes.remove(told)
+            self.routes.append(route)
+            news.append((node_id, route))
+        self._writer.put_routes(news)
 
     # What others ask
 
@@ -197,6 +208,12 @@ class Members:
     def set_draining(self, member: Member, draining: bool) -> None:
         """Give a node no new requests, or give it some again."""
         member.known = member.known.model_copy(update={"draining": draining})
+        self._writer.put_node(member.known)
+        self._snapshot = None
+
+    def set_role(self, member: Member, role: Role) -> None:
+        """Note a role that the node has taken, before its next report says so."""
+        member.known = member.known.model_copy(update={"role": role})
         self._writer.put_node(member.known)
         self._snapshot = None
 
@@ -297,7 +314,8 @@ class Members:
         if not hello.name or len(hello.name) > 64 or not hello.name.isprintable():
             raise BadRequest("bad_name", "a node's name has 1 to 64 printable characters", "")
         taken = {m.known.name for m in self._members.values() if m.known.id != hello.node_id}
-        return hello.name if hello.name not in taken else f"{hello.name}-{hello.node_id[:6]}"
+        names = (hello.name, f"{hello.name}-{hello.node_id[:6]}", f"{hello.name}-{hello.node_id}")
+        return next((name for name in names if name not in taken), hello.node_id)
 
     def _drop_pending(self, member: Member) -> None:
         for command_id, future in member.pending.items():

@@ -97,6 +97,7 @@ class Instance:
         self._process: Watched | None = None
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
+        self._halting = False
 
     def info(self) -> InstanceInfo:
         """What the pool is told."""
@@ -134,6 +135,7 @@ class Instance:
 
     async def halt(self) -> None:
         """Stop the engine but keep the instance wanted: it comes back with the next daemon."""
+        self._halting = True
         process = self._process
         if process is None:
             return
@@ -184,7 +186,7 @@ class Instance:
             await self.engine.close()
             self.engine = None
         reason, permanent = self._post_mortem(process.status)
-        if self.life.state != "stopping":
+        if self.life.state != "stopping" and not self._halting:
             log.warning("instance %s: %s", self.handle.instance_id, reason)
         self._become(self.life.exited(time.monotonic(), reason, permanent))
 

@@ -61,7 +61,8 @@ class Life:
         if self.state == "stopping":
             return replace(self, state="gone", progress=None)
         was_ready = self.state == "ready" and self.ready_since_s is not None
-        stable = was_ready and now_s - (self.ready_since_s or now_s) >= STABLE_AFTER_S
+        ready_for_s = 0.0 if self.ready_since_s is None else now_s - self.ready_since_s
+        stable = was_ready and ready_for_s >= STABLE_AFTER_S
         failures = 1 if stable else self.failures + 1
         failed_starts = 0 if was_ready else self.failed_starts + 1
         if permanent or failed_starts >= MAX_FAILED_STARTS:

@@ -102,7 +102,7 @@ def _free_ports(count: int) -> list[int]:
     for _ in range(50):
         with socket.create_server(("127.0.0.1", 0)) as first:
             start = first.getsockname()[1]
-        held = []
+        held: list[socket.socket] = []
         try:
             ports = range(start, start + count)
             held.extend(socket.create_server(("127.0.0.1", port)) for port in ports)

@@ -27,15 +27,21 @@ def stop_pool(home: Path) -> list[str]:
     rest = {name: pid for name, pid in running.items() if name not in nodes}
     _stop(nodes, signal.SIGINT, STOP_LIMIT_S)
     _stop(rest, signal.SIGTERM, STOP_LIMIT_S)
+    engines = stop_engines(home)
+    (home / "up.json").unlink(missing_ok=True)
+    return stopped + [f"engine {name}" for name in engines]
+
+
+def stop_engines(home: Path) -> list[str]:
+    """Stop engines that outlived their node; returns their names. Blocks."""
     engines = {
-        handle.instance_id: handle.pid
+        f"{run.parent.name}/{handle.instance_id}": handle.pid
         for run in sorted(home.glob("nodes/*/run"))
         for handle in read_handles(run)
         if is_alive(handle) and handle.pid is not None
     }
     _stop(engines, signal.SIGTERM, KILL_LIMIT_S)
-    (home / "up.json").unlink(missing_ok=True)
-    return stopped + [f"engine {name}" for name in sorted(engines)]
+    return sorted(engines)
 
 
 def _stop(pids: dict[str, int], number: signal.Signals, limit_s: float) -> None:

@@ -28,6 +28,7 @@ from llmster_daemon.supervisor.process import (
 )
 from llmster_daemon.supervisor.state import Life
 from llmster_tui.client import PoolClient
+from llmster_tui.local.down import stop_engines
 from llmster_tui.local.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ class LocalPool:
             if late:
                 await asyncio.gather(*(child.kill() for child in self._children))
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(stop_engines, self.layout.home)
         self.layout.record.unlink(missing_ok=True)
         self._locks.close()
 
@@ -276,7 +278,7 @@ def ready_text(layout: Layout, key: str | None) -> str:
     ]
     if key is not None:
         body = json.dumps(
-            {"model": key, "messages": [{"role": "user", "content": "Say hello in one sentence."}]}
+            {"model": key, "messages": [{"role": "user", "content": "Write one sentence about the sea."}]}
         )
         lines += ["", f"  curl {layout.endpoint}/chat/completions \\"]
         lines += ["    -H 'content-type: application/json' \\", f"    -d '{body}'", ""]

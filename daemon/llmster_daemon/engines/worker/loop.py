@@ -16,7 +16,7 @@ from .kvport import KvReceiver, KvSender
 from .scheduler import Phase, Scheduler, Sequence, Step
 from .text import TextStream
 
-RESERVATION_TIMEOUT_S = 10.0
+RESERVATION_TIMEOUT_S = 5.0
 """A reserved slot whose KV does not begin to come for this long is computed here instead."""
 IDLE_WAIT_S = 0.5
 """How often deadlines are looked at while there is nothing to compute."""
