@@ -110,7 +110,9 @@ class Node:
         if self.gateway_url is None:
             return True
         info = instance.info()
-        return prefer is None and self.role == "mixed" and info.active < info.slots
+        draining = bool(self._link and self._link.feed and self._link.feed.draining)
+        free = info.active < info.slots and not draining
+        return prefer is None and self.role == "mixed" and free
 
     async def why_not(self, model: str) -> LlmsterError:
         """The error for a model that nothing here serves."""

@@ -184,8 +184,9 @@ def test_the_commands_show_the_pool_as_json_and_as_tables(pool: PoolOnDisk) -> N
 def test_a_draining_node_gets_no_new_requests(pool: PoolOnDisk) -> None:
     pool.cli("drain", "node-1")
     try:
-        answer = pool.capital(pool.control)
-        assert answer.headers["x-llmster-route"] == 'colocated;node="node-2"'
+        for url in (pool.control, pool.url(1)):
+            answer = pool.capital(url)
+            assert answer.headers["x-llmster-route"] == 'colocated;node="node-2"'
     finally:
         pool.cli("drain", "node-1", "--undo")
 

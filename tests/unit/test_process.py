@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes.node import LIMIT_S, until
+from fakes.node import LIMIT_S
 from llmster_daemon.errors import HomeError
 from llmster_daemon.protocol.node import LoadOptions
 from llmster_daemon.supervisor import process
@@ -48,6 +48,21 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "engine.log"
 
 
+@pytest.fixture
+def orphan() -> Iterator[int]:
+    """The pid of a process whose parent has ended."""
+    code = f"""
+import subprocess, sys
+argv = [sys.executable, "-c", {FOREVER!r}]
+print(subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True).pid)
+"""
+    pid = int(subprocess.check_output([PYTHON, "-c", code]))
+    ticks = started_ticks(pid)
+    yield pid
+    if started_ticks(pid) == ticks is not None:
+        os.kill(pid, signal.SIGKILL)
+
+
 @contextlib.asynccontextmanager
 async def watched(log: Path, code: str) -> AsyncIterator[Watched]:
     child = Watched(spawn([PYTHON, "-c", code], log))
@@ -81,11 +96,19 @@ async def ended(child: Watched) -> int | None:
     return child.status
 
 
+def run(log: Path, code: str) -> int | None:
+    """The exit status of a child that ends by itself."""
+
+    async def to_its_end() -> int | None:
+        async with watched(log, code) as child:
+            return await ended(child)
+
+    return asyncio.run(to_its_end())
+
+
 @pytest.mark.parametrize("code", [0, 3, 255])
-async def test_the_exit_code_of_a_child(log: Path, code: int) -> None:
-    async with watched(log, f"raise SystemExit({code})") as child:
-        assert await ended(child) == code
-        assert child.ended
+def test_the_exit_code_of_a_child(log: Path, code: int) -> None:
+    assert run(log, f"raise SystemExit({code})") == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGABRT])
@@ -95,13 +118,14 @@ async def test_the_signal_that_ended_a_child(log: Path, number: signal.Signals) 
         assert child.status is None
         child.signal(number)
         assert await ended(child) == -number
+        assert child.ended
 
 
 async def test_a_child_is_reaped(log: Path) -> None:
     async with watched(log, "") as child:
         await ended(child)
-        with pytest.raises(ChildProcessError):
-            os.waitpid(child.pid, os.WNOHANG)
+        with pytest.raises(ProcessLookupError):
+            os.kill(child.pid, 0)
 
 
 async def test_signals_to_an_ended_process_do_nothing(log: Path) -> None:
@@ -114,16 +138,11 @@ async def test_signals_to_an_ended_process_do_nothing(log: Path) -> None:
         child.close()
 
 
-async def test_a_process_of_someone_else_can_be_watched(log: Path) -> None:
+async def test_a_process_of_someone_else_can_be_watched(orphan: int) -> None:
     """As after a restart of the daemon: its engines are then children of init."""
-    argv = f"[{PYTHON!r}, '-c', {FOREVER!r}]"
-    code = (
-        "import subprocess; "
-        f"print(subprocess.Popen({argv}, start_new_session=True).pid, flush=True)"
-    )
-    pid = int(subprocess.run([PYTHON, "-c", code], capture_output=True, check=True).stdout)
-    other = Watched(pid)
+    other = Watched(orphan)
     try:
+        assert not other.ended
         await other.kill()
         assert other.ended
         assert other.status is None
@@ -131,9 +150,9 @@ async def test_a_process_of_someone_else_can_be_watched(log: Path) -> None:
         other.close()
 
 
-async def test_watching_nobody() -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
+async def test_watching_nobody(log: Path) -> None:
+    async with watched(log, "") as gone:
+        await ended(gone)
     with pytest.raises(ProcessLookupError):
         Watched(gone.pid)
 
@@ -143,26 +162,23 @@ async def test_a_child_has_a_session_of_its_own(log: Path) -> None:
         assert os.getsid(child.pid) == child.pid != os.getsid(0)
 
 
-async def test_output_goes_to_the_log_and_input_is_empty(log: Path) -> None:
+def test_output_goes_to_the_log_and_input_is_empty(log: Path) -> None:
     code = "import sys; print('out', repr(sys.stdin.read())); sys.stderr.write('err\\n')"
     log.write_text("before\n")
-    async with watched(log, code) as child:
-        assert await ended(child) == 0
+    assert run(log, code) == 0
     assert log.read_text() == "before\nout ''\nerr\n"
 
 
-async def test_a_new_log_is_private(log: Path) -> None:
-    async with watched(log, "") as child:
-        await ended(child)
+def test_a_new_log_is_private(log: Path) -> None:
+    run(log, "")
     assert log.stat().st_mode & 0o777 == 0o600
 
 
-async def test_a_large_log_is_set_aside(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_log_is_set_aside(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "MAX_LOG_BYTES", 100)
     for expected_old, text in ((None, "x" * 100), ("y" * 101, "y" * 101)):
         log.write_text(text)
-        async with watched(log, "print('new')") as child:
-            await ended(child)
+        run(log, "print('new')")
         old = log.with_suffix(".old")
         assert (old.read_text() if old.exists() else None) == expected_old
     assert log.read_text() == "new\n"
@@ -175,11 +191,11 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     assert "--home" in caught.value.hint
 
 
-async def test_a_program_that_is_not_there(log: Path) -> None:
-    open_before = len(list(Path("/proc/self/fd").iterdir()))
+def test_a_program_that_is_not_there(log: Path) -> None:
+    open_before = sorted(Path("/proc/self/fd").iterdir())
     with pytest.raises(FileNotFoundError):
         spawn(["/nowhere/engine"], log)
-    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+    assert sorted(Path("/proc/self/fd").iterdir()) == open_before
 
 
 def test_start_times_tell_processes_apart() -> None:
@@ -212,12 +228,12 @@ def test_a_handle_without_a_process_is_not_alive(missing: str) -> None:
     assert not is_alive(handle.model_copy(update={missing: None}))
 
 
-async def test_a_zombie_is_not_alive() -> None:
+def test_a_zombie_is_not_alive() -> None:
     with child("pass") as other:
         handle = handle_of(other.pid)
         other.kill()
-        await until(lambda: started_ticks(other.pid) is None, "it is a zombie")
-        assert "Z" in Path(f"/proc/{other.pid}/stat").read_text()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert ") Z " in Path(f"/proc/{other.pid}/stat").read_text()
         assert not is_alive(handle)
 
 
@@ -256,9 +272,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-def test_a_failed_write_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tiny.handle.json"
     write_atomically(path, "old")
 

@@ -116,6 +116,7 @@ def router(members: Members, store: Store, writer: StoreWriter) -> APIRouter:
             members.set_role(member, body.role)
         if body.draining is not None:
             members.set_draining(member, body.draining)
+            await members.feed_all()
         return members.view(member)
 
     @routes.websocket("/connect")

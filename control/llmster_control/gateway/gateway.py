@@ -90,8 +90,6 @@ class Gateway:
                 excluded.add(node.node_id)
                 # A node that can't be reached may be starting again; only the deadline ends that.
                 failed += error.code != "node_unreachable"
-                if isinstance(decision, Split) and error.code == "unknown_peer":
-                    excluded.add(decision.prefill.node_id)
         raise last or self._no_route(model)
 
     async def _send(

@@ -347,6 +347,7 @@ class Members:
         feed = PoolFeed(
             gateway_url=self.gateway_url,
             your_name=member.known.name,
+            draining=member.known.draining,
             peers=peers,
             models=self.models(),
         )

@@ -162,6 +162,8 @@ class PoolFeed(Frozen):
     gateway_url: str
     your_name: str | None = None
     """The receiver's name, where the control plane had to change it to keep names unique."""
+    draining: bool = False
+    """The receiver is to pass new requests on."""
     peers: tuple[Peer, ...] = ()
     models: tuple[str, ...] = ()
 

@@ -45,7 +45,7 @@ def read_handles(directory: Path) -> list[Handle]:
     handles = []
     for path in sorted(directory.glob("*.handle.json")):
         try:
-            handle = Handle.model_validate_json(path.read_text())
+            handle = Handle.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):
             continue
         if handle.version == HANDLE_VERSION:
@@ -74,12 +74,12 @@ def write_atomically(path: Path, text: str) -> None:
 def started_ticks(pid: int) -> int | None:
     """When a process started, in kernel ticks since boot (proc(5), field 22); None if gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    # The command name may hold spaces and parentheses; what follows its last one is regular.
-    fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    # The command name may hold any bytes; what follows its last parenthesis is regular.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def is_alive(handle: Handle) -> bool:

@@ -145,8 +145,11 @@ class LocalPool:
         """Load a model on every node that has not got it loaded. Raises LlmsterError."""
         async with PoolClient(self.layout.control_url) as client:
             state = await client.state()
+            # Nodes of an earlier, larger pool in this home are known but not here.
             missing = [
-                node.name for node in state.nodes if not any(i.model == key for i in node.instances)
+                node.name
+                for node in state.nodes
+                if node.liveness == "online" and not any(i.model == key for i in node.instances)
             ]
             await asyncio.gather(
                 *(client.load(LoadRequest(model=key, node=name)) for name in missing)
