@@ -59,7 +59,13 @@ class Node:
         self._link = PoolLink(self) if config.control_url else None
         self._name = config.name
         self.instances = InstanceManager(
-            config.home, store, config.threads, group, self._changed, config.hang_limit_s
+            config.home,
+            store,
+            config.threads,
+            group,
+            self._changed,
+            config.hang_limit_s,
+            config.orphan_timeout_s,
         )
         self.serving = Serving(self, client, node_id)
 

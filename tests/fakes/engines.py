@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -10,18 +11,79 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from llmster_daemon.engines.base import Chunk, GenerateParams, Generation
+from llmster_daemon.engines.base import Chunk, GenerateParams, Generation, Prefilled
 from llmster_daemon.engines.local import LocalEngine
 from llmster_daemon.engines.worker.backend import EngineSpec
+from llmster_daemon.errors import LlmsterError
+from llmster_daemon.kv.wire import FRAME, Kind
 
 READY_LIMIT_S = 60.0
 EXIT_LIMIT_S = 15.0
 IDLE_LIMIT_S = 10.0
 POLL_S = 0.01
+
+
+def greedy(**fields: Any) -> GenerateParams:
+    """What to generate; without chance unless told otherwise."""
+    return GenerateParams(**{"temperature": 0.0, **fields})
+
+
+async def collect(generation: Generation) -> list[Chunk]:
+    """All chunks of a request."""
+    return [chunk async for chunk in generation.chunks]
+
+
+def text_of(chunks: list[Chunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+_ids = itertools.count()
+
+
+def new_id() -> str:
+    """A request id that was not used before."""
+    return f"request-{next(_ids)}"
+
+
+async def ask(engine: LocalEngine, **fields: Any) -> str:
+    """The text of one greedy answer."""
+    return text_of(await collect(await engine.generate(new_id(), greedy(**fields))))
+
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def weekdays(first: int, count: int) -> str:
+    """A prompt that real models go on with beyond doubt, each `first` in its own way.
+
+    Sums of floats differ a little with the number of rows in a batch: where two tokens are about
+    as likely, an answer depends on what else is computed. Here they never are.
+    """
+    return "".join(f" {DAYS[(first + number) % 7]}," for number in range(count))
+
+
+async def tokens_of(engine: LocalEngine, text: str, count: int) -> list[int]:
+    """A prompt of exactly `count` tokens, made of a text again and again."""
+    piece = await engine.tokenize(text, False)
+    return (piece * (count // len(piece) + 1))[:count]
+
+
+async def idle(*engines: LocalEngine) -> None:
+    """Wait until engines hold nothing; fails if some slot or cell is never given back."""
+    deadline = time.monotonic() + IDLE_LIMIT_S
+    for engine in engines:
+        while True:
+            # The event that ends a request tells what is left without it: no need for a beat.
+            await ask(engine, tokens=[5], max_tokens=1)
+            status = engine.status
+            if not (status.active or status.waiting or status.kv_used_cells):
+                break
+            assert time.monotonic() < deadline, f"something is still held: {status}"
+            await asyncio.sleep(POLL_S)
 
 
 async def until(condition: Callable[[], bool], what: str, limit_s: float = IDLE_LIMIT_S) -> None:
@@ -166,3 +228,136 @@ class EngineProcess:
                 self._process.kill()
             self._process.wait(EXIT_LIMIT_S)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class HandOver:
+    """A request on one engine whose prompt another one computes. `start` it, then `chunks`."""
+
+    def __init__(self, prefill: LocalEngine, decode: LocalEngine, port: int | None = None) -> None:
+        """`port` stands for the decode engine's own, as a proxy's does."""
+        self.id = new_id()
+        self.prefill = prefill
+        self.decode = decode
+        self.port = port
+        self.generation = Generation(self.id)
+        self.prefilling: asyncio.Task[Prefilled] | None = None
+
+    async def start(self, **fields: Any) -> None:
+        """Reserve the slot and have the prompt computed."""
+        self.generation, reservation = await self.decode.expect(self.id, greedy(**fields))
+        self.prefilling = asyncio.create_task(
+            self.prefill.prefill(
+                f"{self.id}-prefill",
+                reservation.tokens,
+                "127.0.0.1",
+                self.port or reservation.kv_port,
+                reservation.ticket,
+            )
+        )
+
+    async def text(self) -> str:
+        """The whole answer."""
+        return text_of(await collect(self.generation))
+
+    async def prefilled(self) -> Prefilled | LlmsterError:
+        """What came of the prompt's computation."""
+        assert self.prefilling is not None, "not started"
+        try:
+            return await self.prefilling
+        except LlmsterError as error:
+            return error
+
+
+class KvProxy:
+    """A bad network between two engines: passes a hand-over on, frame by frame, up to a point.
+
+    `cut_at`: cuts both sides when this share of the KV has passed. `corrupt`: flips one bit of
+    the KV. `hold_after`: after that many ranges nothing passes any more, which sets `held`; the
+    connections stay.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        *,
+        cut_at: float | None = None,
+        corrupt: bool = False,
+        hold_after: int | None = None,
+    ) -> None:
+        self.port = 0
+        self.held = asyncio.Event()
+        self.ranges = 0
+        """How many ranges have passed whole."""
+        self._target = port
+        self._cut_at = cut_at
+        self._corrupt = corrupt
+        self._hold_after = hold_after
+        self._tokens = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        ends = [writer]
+        try:
+            back, forth = await asyncio.open_connection("127.0.0.1", self._target)
+            ends.append(forth)
+            ways = [
+                asyncio.create_task(self._pass_frames(reader, forth)),
+                asyncio.create_task(self._pass_bytes(back, writer)),
+            ]
+            try:
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for way in ways:
+                    way.cancel()
+                await asyncio.gather(*ways, return_exceptions=True)
+        finally:
+            for end in ends:
+                end.transport.abort()
+
+    async def _pass_bytes(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+
+    async def _pass_frames(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Until the sender is gone or the connection is to be cut."""
+        while True:
+            header = await reader.readexactly(FRAME.size)
+            _, _, kind, start, end, length, _ = FRAME.unpack(header)
+            body = bytearray(await reader.readexactly(length))
+            if kind == Kind.HELLO:
+                self._tokens = json.loads(body)["tokens"]
+            if kind in (Kind.RANGE, Kind.DONE) and self.ranges == self._hold_after:
+                self.held.set()
+            if self.held.is_set():
+                continue
+            if kind == Kind.RANGE and self._corrupt:
+                body[length // 2] ^= 1
+            if kind == Kind.RANGE and self._cut_at is not None:
+                share = (self._cut_at * self._tokens - start) / (end - start)
+                if share <= 1:
+                    writer.write((header + body)[: int(length * share)])
+                    await writer.drain()
+                    return
+            writer.write(header + body)
+            await writer.drain()
+            self.ranges += kind == Kind.RANGE

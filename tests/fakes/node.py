@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 import psutil
+import pytest
 
 from fakes.gguf import gguf_bytes
 from llmster_daemon.app import build_app, make_server, running_node
@@ -27,6 +29,8 @@ POLL_S = 0.01
 CONTEXT = 2048
 ENDLESS: dict[str, object] = {"answer": 1 << 40, "step_s": 0.02}
 """Options of a fake engine whose answers end with the context only, after a long while."""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk, as root only")
 
 T = TypeVar("T")
 
@@ -52,14 +56,36 @@ def add_model(home: Path, key: str = "tiny", template: str | None = None) -> str
         source.unlink()
 
 
+@contextlib.contextmanager
+def small_disk(path: Path, size: str = "4m") -> Iterator[Path]:
+    """A disk of its own at this path. Root only."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leave no room on the disk of this folder; returns the file that takes it."""
+    path = folder / "ballast"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    return path
+
+
 @contextlib.asynccontextmanager
 async def managed(
-    home: Path, *, stop: bool = True, hang_limit_s: float = 60.0
+    home: Path, *, stop: bool = True, hang_limit_s: float = 60.0, orphan_timeout_s: float = 60.0
 ) -> AsyncIterator[InstanceManager]:
     """A manager of a home's instances. `stop` False leaves the engines running at the end."""
     async with asyncio.TaskGroup() as group:
         store = ModelStore(home / "models")
-        manager = InstanceManager(home, store, 1, group, lambda: None, hang_limit_s)
+        manager = InstanceManager(
+            home, store, 1, group, lambda: None, hang_limit_s, orphan_timeout_s
+        )
         try:
             yield manager
         finally:

@@ -45,7 +45,7 @@ _moments = itertools.count(1)
 async def eventually(true: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     """Returns when the condition holds; raises TimeoutError when it does not in time."""
     async with asyncio.timeout(limit_s):
-        while not true():
+        while not true():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.005)
 
 
@@ -220,9 +220,7 @@ class FakeNode:
         self._link = await connect(
             pool.url.replace("http", "ws", 1) + "/pool/v1/connect", proxy=None
         )
-        hello = a_hello(
-            self.id, self.name, role=self.role, url=self.url, inventory=self.inventory
-        )
+        hello = a_hello(self.id, self.name, role=self.role, url=self.url, inventory=self.inventory)
         await self._link.send(hello.model_dump_json())
         self._listening = asyncio.create_task(self._listen(self._link))
         await self.report()
@@ -345,7 +343,6 @@ async def running_pool(home: Path) -> AsyncIterator[Pool]:
         made.append((members, Gateway(members, client)))
         return made[0][1]
 
-    home.mkdir(parents=True, exist_ok=True)
     sock = bind("127.0.0.1", 0)
     config = control.ControlConfig(home, port=sock.getsockname()[1])
     with patch.object(control, "Gateway", make_gateway):

@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
 import pytest
+
 from fakes.pool import (
     CHAT,
     Asked,
@@ -21,11 +21,11 @@ from fakes.pool import (
     running_pool,
     say_hello,
 )
-
 from llmster_control.gateway import gateway as module
+from llmster_control.routing.policy import choose
+from llmster_control.routing.snapshot import Ask, Decision, Snapshot
 from llmster_daemon.protocol.node import RouteRecord
 
-Behaviour = Callable[[Asked, Wire], Awaitable[None]]
 EVENTS = (b'data: {"a":1}\n\n', b"data: \xc3\xa9\xf0\x9f\x90\xba\n\n", b"data: [DONE]\n\n")
 
 
@@ -174,20 +174,17 @@ async def test_requests_under_way_send_the_next_one_elsewhere(tmp_path: Path) ->
 # Nodes that fail
 
 
-@pytest.mark.parametrize(
-    "behave",
-    [refuse(503), refuse(502, "bad_answer"), cut_at_once, cut_in_a_whole_answer],
-    ids=["503", "502", "cut at once", "cut in a whole answer"],
-)
-async def test_a_failed_request_is_served_elsewhere(tmp_path: Path, behave: Behaviour) -> None:
+async def test_a_failed_request_is_served_elsewhere(tmp_path: Path) -> None:
     async with running_pool(tmp_path) as pool:
-        bad = await pool.join("a", behave=behave)
+        bad = await pool.join("a")
         good = await pool.join("b")
-        response = await pool.chat()
-        assert (response.status_code, len(bad.asked)) == (200, 1)
-        (asked,) = good.asked
-        assert asked.plan["attempt"] == 2
-        assert asked.headers["x-llmster-request-id"] == bad.asked[0].headers["x-llmster-request-id"]
+        for behave in (refuse(503), refuse(502, "bad"), cut_at_once, cut_in_a_whole_answer):
+            bad.behave = behave
+            assert (await pool.chat()).status_code == 200
+            failed, served = bad.asked[-1].headers, good.asked[-1].headers
+            assert served["x-llmster-request-id"] == failed["x-llmster-request-id"]
+            assert good.asked[-1].plan["attempt"] == 2
+        assert (len(bad.asked), len(good.asked)) == (4, 4)
         await pool.idle()
         assert list(pool.members.routes) == []
 
@@ -214,18 +211,31 @@ async def test_after_the_first_byte_a_failure_is_the_last_event(tmp_path: Path) 
         await pool.idle()
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422, 500])
-async def test_a_nodes_answer_to_the_request_itself_is_not_tried_again(
-    tmp_path: Path, status: int
-) -> None:
+@pytest.mark.xfail(strict=True, reason="llmster_daemon.api.relay: the error joins a broken event")
+async def test_after_half_an_event_the_failure_is_an_event_of_its_own(tmp_path: Path) -> None:
+    async def behave(_: Asked, wire: Wire) -> None:
+        await wire.start()
+        await wire.send(EVENTS[0] + b'data: {"half')
+        wire.cut()
+
     async with running_pool(tmp_path) as pool:
-        one = await pool.join("a", behave=refuse(status, "no_such_thing", "no"))
+        await pool.join("a", behave=behave)
+        *_, last, rest = (await pool.chat()).content.split(b"\n\n")
+        assert rest == b""
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_lost"
+
+
+async def test_a_nodes_answer_to_the_request_itself_is_not_tried_again(tmp_path: Path) -> None:
+    async with running_pool(tmp_path) as pool:
+        one = await pool.join("a")
         other = await pool.join("b")
-        response = await pool.chat()
-        assert response.status_code == status
-        assert error_of(response)["code"] == "no_such_thing"
-        assert response.headers["x-llmster-route"] == "none"
-        assert (len(one.asked), other.asked) == (1, [])
+        for status in (400, 404, 413, 422, 500):
+            one.behave = refuse(status, "no_such_thing", "no")
+            response = await pool.chat()
+            assert response.status_code == status
+            assert error_of(response)["code"] == "no_such_thing"
+            assert response.headers["x-llmster-route"] == "none"
+        assert (len(one.asked), other.asked) == (5, [])
         await pool.idle()
 
 
@@ -275,11 +285,10 @@ async def test_a_request_waits_for_the_only_node_to_listen_again(
 ) -> None:
     monkeypatch.setattr(module, "REVIVAL_WAIT_S", 5.0)
     tried: list[str] = []
-    choose = module.choose
 
-    def counting(*args: object) -> object:
-        tried.append("")
-        return choose(*args)  # type: ignore[arg-type] # passed on as they came
+    def counting(snapshot: Snapshot, ask: Ask) -> Decision:
+        tried.append(ask.model)
+        return choose(snapshot, ask)
 
     async with running_pool(tmp_path) as pool:
         monkeypatch.setattr(module, "choose", counting)
@@ -349,27 +358,26 @@ async def test_a_model_that_is_only_on_disk_can_be_loaded(tmp_path: Path) -> Non
         assert error_of(response)["hint"] == "run `llmster load disk`"
 
 
-@pytest.mark.parametrize(
-    ("body", "code", "param"),
-    [
-        (b"{not json", "invalid_json", None),
-        (b"", "invalid_json", None),
-        (b"\xff\xfe", "invalid_json", None),
-        (b"[1]", "invalid_value", None),
-        (b"{}", "missing_field", "model"),
-        (b'{"model": 7}', "invalid_value", "model"),
-        (b'{"model": ""}', "invalid_value", "model"),
-        (b'{"model": "\\ud800"}', "invalid_json", None),
-    ],
-)
-async def test_a_bad_body_is_refused(
-    tmp_path: Path, body: bytes, code: str, param: str | None
-) -> None:
+BAD_BODIES = [
+    (b"{not json", "invalid_json", None),
+    (b"", "invalid_json", None),
+    (b"\xff\xfe", "invalid_json", None),
+    (b"[1]", "invalid_value", None),
+    (b"{}", "missing_field", "model"),
+    (b'{"model": 7}', "invalid_value", "model"),
+    (b'{"model": ""}', "invalid_value", "model"),
+    (b'{"model": "\\ud800"}', "invalid_json", None),
+]
+
+
+async def test_a_bad_body_is_refused(tmp_path: Path) -> None:
     async with running_pool(tmp_path) as pool:
         node = await pool.join("a")
-        response = await pool.http.post(CHAT, content=body)
-        error = error_of(response)
-        assert (response.status_code, error["code"], error["param"]) == (400, code, param)
+        for body, code, param in BAD_BODIES:
+            response = await pool.http.post(CHAT, content=body)
+            error = error_of(response)
+            found = (response.status_code, error["code"], error["param"])
+            assert found == (400, code, param), body
         assert node.asked == []
 
 

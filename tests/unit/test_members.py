@@ -6,8 +6,8 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from fakes.pool import INVENTORY, a_hello, a_model, a_report, a_route, an_instance, eventually
 
+from fakes.pool import INVENTORY, a_hello, a_model, a_report, a_route, an_instance, eventually
 from llmster_control.registry import members as registry
 from llmster_control.registry.liveness import LOST_AFTER_S, SUSPECT_AFTER_S
 from llmster_control.registry.members import Member, Members
@@ -65,9 +65,7 @@ class House:
     async def come(self, node_id: str, *instances: Any, **report: Any) -> Member:
         """Join and report."""
         member = await self.join(node_id, role=report.get("role", "mixed"))
-        await self.members.take_report(
-            member, a_report(*(instances or (an_instance(),)), **report)
-        )
+        await self.members.take_report(member, a_report(*(instances or (an_instance(),)), **report))
         return member
 
     def leave(self, member: Member) -> None:

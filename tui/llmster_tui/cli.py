@@ -1,7 +1,6 @@
 """The `llmster` command. Every command imports what it needs when it runs: starting stays quick."""
 
 import json
-import os
 import sys
 from typing import Annotated
 
@@ -51,10 +50,6 @@ def main() -> None:
             if error.hint:
                 typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(1)
-    except BrokenPipeError:
-        # The reader of our output (head, less) has left; that is not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 if __name__ == "__main__":

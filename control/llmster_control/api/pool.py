@@ -139,7 +139,7 @@ async def _serve_node(members: Members, socket: WebSocket) -> None:
 
     try:
         async with asyncio.timeout(HELLO_LIMIT_S):
-            hello = _upward.validate_json(await socket.receive_text())
+            hello = _upward.validate_json(await _receive(socket))
         if not isinstance(hello, NodeHello):
             raise BadRequest("no_hello", "the first message must be a hello", "")
         if hello.protocol != PROTOCOL_VERSION:
@@ -155,8 +155,9 @@ async def _serve_node(members: Members, socket: WebSocket) -> None:
         return
     try:
         while True:
-            message = _upward.validate_json(await socket.receive_text())
-            if isinstance(message, NodeReport):
+            message = _upward.validate_json(await _receive(socket))
+            # A connection that was replaced may live on: a copied home gives two nodes one id.
+            if isinstance(message, NodeReport) and member.send is send:
                 await members.take_report(member, message)
             elif isinstance(message, CommandResult):
                 members.take_result(member, message)
@@ -164,6 +165,16 @@ async def _serve_node(members: Members, socket: WebSocket) -> None:
         await socket.close(4400, "a message that makes no sense")
     finally:
         members.leave(member, send)
+
+
+async def _receive(socket: WebSocket) -> str | bytes:
+    """The next message, text or not. Raises WebSocketDisconnect."""
+    message = await socket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message["code"], message.get("reason"))
+    text: str | None = message.get("text")
+    data: bytes = message.get("bytes") or b""
+    return data if text is None else text
 
 
 def _place(members: Members, model: str) -> Member:

@@ -144,7 +144,7 @@ class FakeSampler:
 
     def __init__(self, params: dict[str, Any]) -> None:
         self._greedy = params["temperature"] <= 0
-        self._random = np.random.default_rng(int(params["seed"]))
+        self._random = np.random.default_rng(int(params["seed"]) & 0xFFFFFFFF)
 
     def sample(self, logits: Logits) -> int:
         """The next token."""

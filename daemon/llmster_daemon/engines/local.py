@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ..errors import ContextOverflow, EngineLost, LlmsterError, Unavailable
+from ..errors import BadRequest, Conflict, ContextOverflow, EngineLost, LlmsterError
 from .base import Chunk, EngineStatus, GenerateParams, Generation, Prefilled, Reservation
 from .worker.ipc import LENGTH, FrameError, frame_length, pack, unpack
 
@@ -37,6 +38,7 @@ class LocalEngine:
         self._on_lost = on_lost
         self._status = EngineStatus()
         self._queues: dict[str, asyncio.Queue[_Item]] = {}
+        self._numbers = itertools.count()
         self._lost = False
         self.last_event_s = time.monotonic()
         """When the process last showed that it lives."""
@@ -62,11 +64,15 @@ class LocalEngine:
         return self._lost
 
     async def generate(self, request_id: str, params: GenerateParams) -> Generation:
-        """Start a request; refusals surface in the first chunk."""
+        """Start a request; refusals of the engine surface in the first chunk."""
         events = self._open(request_id)
         generation = Generation(request_id)
         generation.chunks = self._chunks(generation, events)
-        await self._send({"op": "generate", "id": request_id, **params.model_dump()})
+        try:
+            await self._send({"op": "generate", "id": request_id, **params.model_dump()})
+        except BaseException:
+            await self.cancel(request_id)
+            raise
         return generation
 
     async def expect(
@@ -129,7 +135,7 @@ class LocalEngine:
 
     async def tokenize(self, text: str, add_bos: bool) -> list[int]:
         """The tokens of a text."""
-        request_id = f"tokenize-{id(object())}"
+        request_id = f"tokenize-{next(self._numbers)}"
         events = self._open(request_id)
         try:
             await self._send({"op": "tokenize", "id": request_id, "text": text, "add_bos": add_bos})
@@ -159,6 +165,8 @@ class LocalEngine:
     def _open(self, request_id: str) -> asyncio.Queue[_Item]:
         if self._lost:
             raise EngineLost("the engine is not running")
+        if request_id in self._queues:
+            raise Conflict("duplicate_id", f"a request '{request_id}' is under way")
         events: asyncio.Queue[_Item] = asyncio.Queue()
         self._queues[request_id] = events
         return events
@@ -170,7 +178,9 @@ class LocalEngine:
             self._writer.write(pack(message))
             await self._writer.drain()
         except FrameError as error:
-            raise Unavailable("request_too_large", str(error), "shorten it", 413) from error
+            raise BadRequest(
+                "bad_request", f"the request can't be sent to the engine: {error}", "shorten it"
+            ) from error
         except OSError as error:
             raise EngineLost from error
 

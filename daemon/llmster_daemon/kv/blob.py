@@ -52,7 +52,7 @@ class KvLayout:
                 kind, row_bytes = LAYER.unpack_from(blob, at)
                 found.append((kind, row_bytes))
                 at += LAYER.size + cells * row_bytes
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:  # an offset beyond any memory
             raise BlobError(str(error)) from error
         if at != len(blob):
             raise BlobError(f"{len(blob)} bytes, {at} expected")

@@ -56,11 +56,13 @@ def send_frame(
     start: int = 0,
     end: int = 0,
 ) -> None:
-    """Send one message whole. Blocks. Raises OSError."""
+    """Send one message whole. Blocks; no pause in it is longer than the timeout. Raises OSError."""
     header = FRAME.pack(MAGIC, VERSION, kind, start, end, len(body), zlib.crc32(body))
     sock.sendall(header)
-    if body:
-        sock.sendall(body)
+    # Not sendall: its timeout is for the whole body, which takes long on a slow link.
+    view = memoryview(body)
+    while view:
+        view = view[sock.send(view) :]
 
 
 def send_json(sock: socket.socket, kind: Kind, value: dict[str, Any]) -> None:
@@ -102,7 +104,7 @@ def json_body(frame: Frame) -> dict[str, Any]:
     """The JSON of a message. Raises WireError."""
     try:
         value = json.loads(bytes(frame.body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise WireError("a JSON body must be an object")

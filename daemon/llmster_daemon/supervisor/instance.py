@@ -18,7 +18,7 @@ from urllib.parse import quote
 from ..engines.local import LocalEngine
 from ..engines.worker.backend import EngineSpec
 from ..engines.worker.main import EXIT_CANNOT_LOAD
-from ..errors import LlmsterError
+from ..errors import HomeError, LlmsterError
 from ..protocol.node import InstanceInfo
 from .process import (
     PYTHON,
@@ -40,6 +40,8 @@ CONNECT_LIMIT_S = 30.0
 STOP_LIMIT_S = 5.0
 HANG_LIMIT_S = 120.0
 """An engine that shows no sign of life for this long is killed; one step can take long."""
+ORPHAN_TIMEOUT_S = 300.0
+"""An engine that no daemon is connected to for this long ends by itself."""
 MAX_SOCKET_PATH = 100
 """The kernel allows 107 bytes."""
 
@@ -86,18 +88,24 @@ class Instance:
         threads: int,
         on_change: Callable[[], None],
         hang_limit_s: float = HANG_LIMIT_S,
+        orphan_timeout_s: float = ORPHAN_TIMEOUT_S,
     ) -> None:
         self.handle = handle
         self.life = Life()
         self.engine: LocalEngine | None = None
+        self.home_error: HomeError | None = None
+        """Why the last start failed, where that was the home's fault."""
         self._paths = paths
         self._threads = threads
         self._on_change = on_change
         self._hang_limit_s = hang_limit_s
+        self._orphan_timeout_s = orphan_timeout_s
         self._process: Watched | None = None
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._halting = False
+        self._verdict: str | None = None
+        """Why we killed the process, where it did not end by itself."""
 
     def info(self) -> InstanceInfo:
         """What the pool is told."""
@@ -136,6 +144,7 @@ class Instance:
     async def halt(self) -> None:
         """Stop the engine but keep the instance wanted: it comes back with the next daemon."""
         self._halting = True
+        self._wake.set()
         process = self._process
         if process is None:
             return
@@ -151,7 +160,7 @@ class Instance:
     async def run(self) -> None:
         """Keep the engine running until it is unloaded. Cancelling this leaves it running."""
         try:
-            while self.life.state != "gone":
+            while self.life.state != "gone" and not self._halting:
                 if self.life.state == "failed":
                     self._wake.clear()
                     await self._wake.wait()
@@ -160,7 +169,8 @@ class Instance:
                     self._become(self.life.ticked(time.monotonic()))
                 else:
                     await self._live_once()
-            self._forget()
+            if self.life.state == "gone":
+                self._forget()
         finally:
             if self.engine is not None:
                 await self.engine.close()
@@ -172,9 +182,11 @@ class Instance:
         try:
             self._process = self._find() or self._start()
         except (LlmsterError, OSError) as error:
+            self.home_error = error if isinstance(error, HomeError) else None
             self._become(self.life.exited(time.monotonic(), str(error)))
             return
         process = self._process
+        self.home_error = self._verdict = None
         self._become(self.life.spawned())
         try:
             await self._attend(process)
@@ -211,10 +223,13 @@ class Instance:
                 elif self.engine is None or self.engine.lost:
                     await self._connect()
                     if self.engine is None and now - started > CONNECT_LIMIT_S:
-                        log.warning("instance %s can't be reached", self.handle.instance_id)
+                        self._verdict = "the engine process could not be reached and was killed"
                         await process.kill()
                 elif now - self.engine.last_event_s > self._hang_limit_s and self.ready:
-                    log.warning("instance %s hangs", self.handle.instance_id)
+                    self._verdict = (
+                        f"the engine process did not answer for {self._hang_limit_s:g} s"
+                        " and was killed"
+                    )
                     await process.kill()
                 connecting = self.engine is None and self.life.state != "stopping"
                 self._wake.clear()
@@ -268,11 +283,12 @@ class Instance:
             slots=options.slots,
             threads=options.threads or self._threads,
             gpu_layers=options.gpu_layers,
+            orphan_timeout_s=self._orphan_timeout_s,
             options=dict(handle.extra),
         )
+        write_atomically(self._paths.spec, spec.model_dump_json())
         self._paths.fatal.unlink(missing_ok=True)
         self._paths.socket.unlink(missing_ok=True)
-        write_atomically(self._paths.spec, spec.model_dump_json())
         # The handle comes first: a process without one would be lost if we died just here.
         self._save(handle.model_copy(update={"pid": None, "started_ticks": None}))
         pid = spawn(
@@ -289,6 +305,8 @@ class Instance:
 
     def _post_mortem(self, status: int | None) -> tuple[str, bool]:
         """Why the process ended, and whether that is for good."""
+        if self._verdict is not None:
+            return self._verdict, False
         try:
             reason = str(json.loads(self._paths.fatal.read_text())["message"])
         except (OSError, ValueError, KeyError):
@@ -299,8 +317,13 @@ class Instance:
         return reason, status == EXIT_CANNOT_LOAD
 
     def _forget(self) -> None:
-        for path in (self._paths.handle, self._paths.spec, self._paths.fatal, self._paths.socket):
-            path.unlink(missing_ok=True)
+        for path in (self._paths.spec, self._paths.fatal, self._paths.socket, self._paths.handle):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                # The handle then brings the instance back with the next daemon.
+                log.warning("files of %s can't be removed: %s", self.handle.instance_id, error)
+                return
 
     async def _sleep_until(self, when_s: float) -> None:
         self._wake.clear()

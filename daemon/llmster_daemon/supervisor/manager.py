@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import BadModel, BadRequest, Conflict, LlmsterError, NotFound, unknown_model
 from ..models.store import ModelStore
 from ..protocol.node import InstanceInfo, LoadOptions
-from .instance import HANG_LIMIT_S, Instance, InstancePaths
+from .instance import HANG_LIMIT_S, ORPHAN_TIMEOUT_S, Instance, InstancePaths
 from .process import Handle, read_handles
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class InstanceManager:
         group: asyncio.TaskGroup,
         on_change: Callable[[], None],
         hang_limit_s: float = HANG_LIMIT_S,
+        orphan_timeout_s: float = ORPHAN_TIMEOUT_S,
     ) -> None:
         self._home = home
         self._store = store
@@ -36,6 +37,7 @@ class InstanceManager:
         self._group = group
         self._on_change = on_change
         self._hang_limit_s = hang_limit_s
+        self._orphan_timeout_s = orphan_timeout_s
         self._instances: dict[str, Instance] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -101,13 +103,15 @@ class InstanceManager:
             async with asyncio.timeout(LOAD_LIMIT_S):
                 await instance.settled()
         except TimeoutError:
-            await self.unload(handle.instance_id)
+            await self._discard(instance)
             raise BadModel(
                 "load_timeout", f"'{key}' did not load within {LOAD_LIMIT_S:g} s", "see the log"
             ) from None
         if instance.life.state != "ready":
             reason = instance.life.reason or "it was unloaded meanwhile"
-            await self.unload(handle.instance_id)
+            await self._discard(instance)
+            if instance.home_error is not None:
+                raise instance.home_error
             raise BadModel(
                 "load_failed",
                 f"'{key}' can't be loaded: {reason}",
@@ -141,6 +145,12 @@ class InstanceManager:
         for task in self._tasks.values():
             task.cancel()
 
+    async def _discard(self, instance: Instance) -> None:
+        """Unload an instance, unless somebody else has; its id may be another's by then."""
+        instance_id = instance.handle.instance_id
+        if self._instances.get(instance_id) is instance:
+            await self.unload(instance_id)
+
     def _free_id(self, key: str) -> str:
         if key not in self._instances:
             return key
@@ -154,7 +164,14 @@ class InstanceManager:
     def _begin(self, handle: Handle) -> Instance:
         paths = InstancePaths.under(self._home, handle.instance_id)
         handle = handle.model_copy(update={"socket_path": str(paths.socket)})
-        instance = Instance(handle, paths, self._threads, self._on_change, self._hang_limit_s)
+        instance = Instance(
+            handle,
+            paths,
+            self._threads,
+            self._on_change,
+            self._hang_limit_s,
+            self._orphan_timeout_s,
+        )
         self._instances[handle.instance_id] = instance
         task = self._group.create_task(self._own(instance), name=f"instance-{handle.instance_id}")
         self._tasks[handle.instance_id] = task

@@ -1,4 +1,4 @@
-"""Commands that start and stop things: up, down, demo, control, daemon, sample."""
+"""Commands that start and stop things: up, down, demo, control, daemon."""
 
 import asyncio
 import logging
@@ -116,7 +116,9 @@ def demo(
 def control(
     home: Home = DEFAULT_HOME / "control",
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 1240,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")
+    ] = 1240,
     store: Annotated[
         str | None, typer.Option("--store", help="SQLAlchemy URL; SQLite in the home otherwise.")
     ] = None,
@@ -131,7 +133,9 @@ def control(
 def daemon(
     home: Home = DEFAULT_HOME / "node",
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 1234,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")
+    ] = 1234,
     name: Annotated[
         str | None, typer.Option("--name", help="Name in the pool; the host's name otherwise.")
     ] = None,

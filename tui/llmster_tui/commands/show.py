@@ -136,7 +136,9 @@ def ls(control: Control = DEFAULT_CONTROL, as_json: AsJson = False) -> None:
 
 
 def routes(
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=500)] = 20,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=500, help="Requests to list.")
+    ] = 20,
     control: Control = DEFAULT_CONTROL,
     as_json: AsJson = False,
 ) -> None:

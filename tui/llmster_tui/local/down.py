@@ -28,7 +28,9 @@ def stop_pool(home: Path) -> list[str]:
     _stop(nodes, signal.SIGINT, STOP_LIMIT_S)
     _stop(rest, signal.SIGTERM, STOP_LIMIT_S)
     engines = stop_engines(home)
-    (home / "up.json").unlink(missing_ok=True)
+    # A record that stays behind names processes that are gone, which is seen when it is read.
+    with contextlib.suppress(OSError):
+        (home / "up.json").unlink()
     return stopped + [f"engine {name}" for name in engines]
 
 

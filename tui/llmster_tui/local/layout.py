@@ -74,9 +74,10 @@ def read_record(home: Path) -> dict[str, Any] | None:
 
 def living(record: dict[str, Any]) -> dict[str, int]:
     """The processes of a record that still run: name to pid."""
+    processes = record.get("processes")
     found = {}
-    for name, entry in record.get("processes", {}).items():
-        pid, ticks = entry
-        if started_ticks(pid) == ticks:
-            found[name] = pid
+    for name, entry in processes.items() if isinstance(processes, dict) else ():
+        match entry:
+            case [int(pid), int(ticks)] if started_ticks(pid) == ticks:
+                found[name] = pid
     return found

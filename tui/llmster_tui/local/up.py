@@ -281,7 +281,10 @@ def ready_text(layout: Layout, key: str | None) -> str:
     ]
     if key is not None:
         body = json.dumps(
-            {"model": key, "messages": [{"role": "user", "content": "Write one sentence about the sea."}]}
+            {
+                "model": key,
+                "messages": [{"role": "user", "content": "Write one sentence about the sea."}],
+            }
         )
         lines += ["", f"  curl {layout.endpoint}/chat/completions \\"]
         lines += ["    -H 'content-type: application/json' \\", f"    -d '{body}'", ""]

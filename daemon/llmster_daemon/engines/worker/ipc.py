@@ -25,8 +25,11 @@ class FrameError(ValueError):
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """A whole frame."""
-    body: bytes = msgpack.packb(message, use_bin_type=True)
+    """A whole frame. Raises FrameError."""
+    try:
+        body: bytes = msgpack.packb(message, use_bin_type=True)
+    except (OverflowError, ValueError) as error:  # a number beyond 64 bits, half a character
+        raise FrameError(f"it holds what msgpack can't carry: {error}") from error
     if len(body) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(body):,} bytes; at most {MAX_FRAME_BYTES:,} are allowed")
     return LENGTH.pack(len(body)) + body

@@ -32,6 +32,7 @@ IDLE_TIMEOUT_S = 5.0
 """Without a byte for this long the other side is taken for dead; it beats every second."""
 BEAT_S = 1.0
 ACK_TIMEOUT_S = 30.0
+ACCEPT_RETRY_S = 0.1
 MAX_RANGES_UNDER_WAY = 8
 """Received ranges that the owner has not imported yet: bounds memory on the decode side."""
 MAX_QUEUED_BYTES = 256 << 20
@@ -84,7 +85,10 @@ class KvReceiver:
             try:
                 sock, _ = self._listener.accept()
             except OSError:
-                return
+                if self._listener.fileno() < 0:
+                    return
+                time.sleep(ACCEPT_RETRY_S)  # no file descriptors left: that passes
+                continue
             threading.Thread(
                 target=self._serve, args=(sock,), daemon=True, name="kv-receive"
             ).start()
@@ -217,7 +221,8 @@ class KvSender:
                 sent = self._send(sock, offset_s)
             if sent is not None:
                 self._post("prefill_delivered", self._request_id, sent)
-        except LOST as error:
+        except Exception as error:
+            # Not only LOST: for what a bad host or a strange answer raises, someone waits too.
             if not self._aborted:
                 self._post("prefill_failed", self._request_id, reason_of(error))
         finally:

@@ -293,21 +293,25 @@ class EngineLoop:
         for sequence in step.admitted:
             work = self._work[sequence.id]
             work.admitted_s = work.admitted_s or self._clock()
-            self._restore(work)
+            if not self._restore(work):
+                # Planned from where it was; the next step computes it from the start.
+                step.parts = [part for part in step.parts if part.sequence is not sequence]
             if sequence.phase is Phase.AWAITING:
                 self._reserve(work)
 
-    def _restore(self, work: Work) -> None:
-        """Bring back the KV of a sequence that was swapped out, or have it computed again."""
+    def _restore(self, work: Work) -> bool:
+        """Bring back the KV of a sequence that was swapped out; if False, it is computed again."""
         saved, work.saved = work.saved, None
         if saved is None:
-            return
+            return True
         sequence = work.sequence
         try:
             self._backend.import_range(sequence.slot, 0, sequence.computed, saved)
         except BackendError:
             self._backend.truncate(sequence.slot, 0)
             self._scheduler.start_over(sequence)
+            return False
+        return True
 
     def _reserve(self, work: Work) -> None:
         sequence = work.sequence
@@ -367,9 +371,11 @@ class EngineLoop:
         """Send what this step added to the prompt's KV."""
         now = self._clock()
         sequence = work.sequence
-        blob = self._backend.export_range(sequence.slot, work.exported, sequence.computed)
-        sender.push_range(work.exported, sequence.computed, blob)
-        work.exported = sequence.computed
+        # Not more, while KV that has left already is computed again.
+        if sequence.computed > work.exported:
+            blob = self._backend.export_range(sequence.slot, work.exported, sequence.computed)
+            sender.push_range(work.exported, sequence.computed, blob)
+            work.exported = sequence.computed
         if logits is not None:
             sender.push_done(logits.tobytes(), now)
             # Its KV has left; the request itself ends when the other side has it.

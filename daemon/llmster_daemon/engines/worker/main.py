@@ -22,7 +22,7 @@ from typing import Any
 from ...protocol.base import Frozen
 from .backend import Backend, BackendError, EngineSpec, LoadError
 from .ipc import Connection, FrameError, read_frame
-from .kvport import KvReceiver, KvSender
+from .kvport import ACCEPT_RETRY_S, KvReceiver, KvSender
 from .loop import EngineLoop
 
 EXIT_CANNOT_LOAD = 3
@@ -111,31 +111,48 @@ class Server:
                 connection.send(event)
             return
         if event["ev"] != "step":
-            owner = self._owners.get(event["id"])
+            owner = self._owner(event["id"], event["ev"] in ("error", "prefilled", "overflow"))
             if owner is not None:
                 owner.send(event)
-            if event["ev"] in ("error", "prefilled", "overflow"):
-                self._owners.pop(event["id"], None)
             return
-        with self._lock:
-            single = self._connections[0] if len(self._connections) == 1 else None
-        if single is not None:
-            single.send(event)
-        else:
-            by_owner: dict[Connection, list[Any]] = {}
-            for item in event["out"]:
-                owner = self._owners.get(item[0])
-                if owner is not None:
-                    by_owner.setdefault(owner, []).append(item)
-            for owner, items in by_owner.items():
-                owner.send({"ev": "step", "out": items, "stats": event["stats"]})
+        by_owner: dict[Connection, list[Any]] = {}
         for item in event["out"]:
-            if item[3] is not None:
-                self._owners.pop(item[0], None)
+            owner = self._owner(item[0], item[3] is not None)
+            if owner is not None:
+                by_owner.setdefault(owner, []).append(item)
+        for owner, items in by_owner.items():
+            owner.send({"ev": "step", "out": items, "stats": event["stats"]})
+
+    def _owner(self, request_id: str, ends: bool) -> Connection | None:
+        """Whose request it is. One that ends frees its id before its daemon can hear of that."""
+        if ends:
+            return self._owners.pop(request_id, None)
+        return self._owners.get(request_id)
+
+    def _claim(self, request_id: str, connection: Connection) -> bool:
+        """Make it the owner of a new request; False, and an answer, if the id is taken."""
+        with self._lock:
+            if request_id not in self._owners:
+                self._owners[request_id] = connection
+                return True
+        connection.send(
+            {
+                "ev": "error",
+                "id": request_id,
+                "code": "duplicate_id",
+                "message": "a request of this id is under way",
+                "status": 409,
+            }
+        )
+        return False
 
     def _accept(self) -> None:
         while True:
-            sock, _ = self._listener.accept()
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                time.sleep(ACCEPT_RETRY_S)  # no file descriptors left: that passes
+                continue
             connection = Connection(sock)
             with self._lock:
                 self._connections.append(connection)
@@ -172,7 +189,6 @@ class Server:
         except (ValueError, TypeError, KeyError, BackendError) as error:
             # pydantic's ValidationError is a ValueError; its text may quote a prompt.
             detail = type(error).__name__ if isinstance(error, ValueError) else str(error)
-            self._owners.pop(request_id, None)
             connection.send(
                 {
                     "ev": "error",
@@ -199,12 +215,12 @@ class Server:
             tokens = generate.tokens
             if tokens is None:
                 tokens = backend.tokenize(generate.prompt or "", generate.add_bos)
-            self._owners[request_id] = connection
-            loop.post("generate", request_id, generate.model_dump(exclude={"tokens"}), tokens)
+            if self._claim(request_id, connection):
+                loop.post("generate", request_id, generate.model_dump(exclude={"tokens"}), tokens)
         elif op == "prefill":
             prefill = PrefillMessage.model_validate(message)
-            self._owners[request_id] = connection
-            loop.post("prefill", request_id, prefill.model_dump())
+            if self._claim(request_id, connection):
+                loop.post("prefill", request_id, prefill.model_dump())
         elif op == "cancel":
             self._owners.pop(request_id, None)
             loop.post("cancel", request_id)

@@ -40,11 +40,12 @@ class TextStream:
         return text[: len(text) - keep]
 
     def _cut(self, text: str) -> str:
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        """The text before the stop string that is complete first, as if letters came one by one."""
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if not found:
             return text
         self.stopped = True
-        return text[: min(found)]
+        return text[: min(found)[1]]
 
     def _partial(self, text: str) -> int:
         """Length of the longest tail that begins a stop string."""
