@@ -38,7 +38,8 @@ class ControlConfig:
     @property
     def url(self) -> str:
         """Where the control plane answers."""
-        return f"http://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
 
 
 @contextlib.asynccontextmanager

@@ -123,7 +123,7 @@ class Node:
     async def why_not(self, model: str) -> LlmsterError:
         """The error for a model that nothing here serves."""
         known = await asyncio.to_thread(self._store.get, model)
-        loading = [i for i in self.instances.infos() if i.model == model.lower()]
+        loading = [i for i in self.instances.infos() if model.lower() in (i.id, i.model)]
         if loading:
             state = loading[0]
             return LlmsterError(
@@ -195,13 +195,19 @@ class Node:
     async def obey(self, command: Command) -> dict[str, Any]:
         """Carry out an order of the control plane. Raises LlmsterError."""
         args = command.args
+
+        def text(name: str) -> str:
+            if not isinstance(args[name], str):
+                raise TypeError(f"{name} must be a text")
+            return str(args[name])
+
         if command.name == "load":
             options = LoadOptions.model_validate(args.get("options") or {})
-            return {"instance": (await self.instances.load(args["model"], options)).model_dump()}
+            return {"instance": (await self.instances.load(text("model"), options)).model_dump()}
         if command.name == "unload":
-            return {"unloaded": await self.instances.unload(args["target"])}
+            return {"unloaded": await self.instances.unload(text("target"))}
         if command.name == "import":
-            return {"model": (await self.import_model(args["path"])).model_dump()}
+            return {"model": (await self.import_model(text("path"))).model_dump()}
         role = args["role"]
         if role not in ("prefill", "decode", "mixed"):
             raise LlmsterError("bad_role", f"there is no role '{role}'", "", 400)

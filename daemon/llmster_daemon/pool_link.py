@@ -83,7 +83,7 @@ class PoolLink:
                     url, open_timeout=CONNECT_TIMEOUT_S, max_size=MAX_MESSAGE_BYTES, proxy=None
                 ) as socket:
                     log.info("joined the pool at %s", control_url)
-                    retry_s, told = FIRST_RETRY_S, False
+                    told = False
                     await self._talk(socket)
             except* (OSError, WebSocketException) as errors:
                 if not told:
@@ -91,6 +91,9 @@ class PoolLink:
                     log.warning("no control plane at %s (%s): trying on", control_url, error)
                     told = True
             finally:
+                if self.connected:
+                    # Not before it was let in: one that is turned away must not come at once.
+                    retry_s = FIRST_RETRY_S
                 self.connected = False
             # Jitter, so that a restarted control plane is not met by every node at once.
             await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
@@ -104,6 +107,8 @@ class PoolLink:
             try:
                 async for data in socket:
                     self._take(data, socket, group)
+                # Commands under way must not keep the node from connecting again.
+                raise ConnectionResetError("the control plane closed the connection")
             finally:
                 reports.cancel()
 
@@ -128,19 +133,28 @@ class PoolLink:
         except (KeyError, ValueError, TypeError) as error:
             body = LlmsterError("bad_command", f"{command.name}: {error!r}", "", 400).body()
             result = CommandResult(id=command.id, error={**body, "status": 400})
+        except Exception as error:
+            # A command that fails must not take the node out of the pool.
+            log.exception("command %s failed", command.name)
+            what = f"{command.name}: an unforeseen error ({type(error).__name__})"
+            hint = "this is a bug in llmster; the node's log has the details"
+            body = LlmsterError("internal_error", what, hint).body()
+            result = CommandResult(id=command.id, error={**body, "status": 500})
         self.report_soon()
         with contextlib.suppress(WebSocketException):
             await socket.send(result.model_dump_json())
 
     async def _report(self, socket: ClientConnection) -> None:
         while True:
+            self._soon.clear()
             routes = tuple(self._routes)
             report = self._node.report(routes)
             if report is not None:
                 await socket.send(report.model_dump_json())
-                for _ in routes:
-                    self._routes.popleft()
-            self._soon.clear()
+                for route in routes:
+                    # A full queue may have dropped it meanwhile.
+                    if self._routes[0] is route:
+                        self._routes.popleft()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_INTERVAL_S if report else 0.1):
                     await self._soon.wait()

@@ -98,6 +98,8 @@ class Answer:
                     self._status = "ok"
                 yield chunk
                 if chunk.finish is not None:
+                    # To the end of the iteration, where the engine forgets the request's id.
+                    await anext(self.generation.chunks, None)
                     return
                 chunk = await anext(self.generation.chunks)
         except LlmsterError as error:

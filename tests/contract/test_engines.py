@@ -15,6 +15,7 @@ from fakes.engines import (
     new_id,
     text_of,
     tokens_of,
+    until,
     weekdays,
 )
 from llmster_daemon.engines.base import Generation
@@ -22,7 +23,7 @@ from llmster_daemon.engines.local import LocalEngine
 from llmster_daemon.errors import BadRequest, Conflict, ContextOverflow, LlmsterError
 
 PROMPT = "one two three one two three one two three one"
-PROMPTS = [weekdays(first, 15 + first) for first in range(8)]
+PROMPTS = [weekdays(first, 14) for first in range(7)]
 
 
 async def refused(engine: LocalEngine, **fields: Any) -> LlmsterError:
@@ -98,47 +99,49 @@ async def test_a_prompt_may_be_given_as_tokens(decode: LocalEngine) -> None:
     )
 
 
-async def test_requests_are_computed_together_and_do_not_disturb_each_other(
+async def test_requests_that_are_computed_together_do_not_disturb_each_other(
     decode: LocalEngine,
 ) -> None:
     alone = [await ask(decode, prompt=prompt, max_tokens=8) for prompt in PROMPTS]
-    order: list[tuple[int, str | None]] = []
-    most = 0
-
-    async def follow(number: int, generation: Generation) -> str:
-        nonlocal most
-        text = ""
-        async for chunk in generation.chunks:
-            order.append((number, chunk.finish))
-            most = max(most, decode.status.active)
-            text += chunk.text
-        return text
-
-    generations = [
-        await decode.generate(new_id(), greedy(prompt=prompt, max_tokens=8)) for prompt in PROMPTS
-    ]
-    together = await asyncio.gather(*[follow(n, g) for n, g in enumerate(generations)])
-    assert list(together) == alone
+    together = await asyncio.gather(*[ask(decode, prompt=p, max_tokens=8) for p in PROMPTS])
+    assert together == alone
     assert len(set(alone)) == len(PROMPTS)
-    first_end = next(at for at, (_, finish) in enumerate(order) if finish)
-    assert {number for number, _ in order[:first_end]} == set(range(len(PROMPTS)))
-    assert most == len(PROMPTS)
 
 
-async def test_requests_beyond_the_slots_wait_for_their_turn(decode: LocalEngine) -> None:
-    most_waiting = 0
+async def begin(engine: LocalEngine, count: int) -> list[Generation]:
+    """Requests that take long, each of which has begun to answer."""
+    params = greedy(tokens=[40, 41], max_tokens=900)
+    generations = [await engine.generate(new_id(), params) for _ in range(count)]
+    for generation in generations:
+        await anext(generation.chunks)
+    return generations
 
-    async def follow(generation: Generation) -> int:
-        nonlocal most_waiting
-        async for _ in generation.chunks:
-            most_waiting = max(most_waiting, decode.status.waiting)
-        return generation.completion_tokens
 
-    generations = [
-        await decode.generate(new_id(), greedy(prompt=PROMPT, max_tokens=4)) for _ in range(20)
-    ]
-    assert await asyncio.gather(*map(follow, generations)) == [4] * 20
-    assert most_waiting > 0
+async def test_as_many_requests_as_there_are_slots_are_answered_at_once(
+    decode: LocalEngine,
+) -> None:
+    generations = await begin(decode, 8)
+    assert (decode.status.active, decode.status.waiting) == (8, 0)
+    # In turns: nobody has to wait for another one's end.
+    for _ in range(3):
+        for generation in generations:
+            assert (await anext(generation.chunks)).finish is None
+    for generation in generations:
+        await decode.cancel(generation.id)
+
+
+async def test_a_request_beyond_the_slots_waits_until_one_is_free(decode: LocalEngine) -> None:
+    generations = await begin(decode, 8)
+    late = await decode.generate(new_id(), greedy(tokens=[40, 41], max_tokens=3))
+    later = await decode.generate(new_id(), greedy(tokens=[40, 41], max_tokens=3))
+    await until(lambda: decode.status.waiting == 2, "they wait")
+    await decode.cancel(late.id)
+    await until(lambda: decode.status.waiting == 1, "one of them is gone")
+    assert decode.status.active == 8
+    await decode.cancel(generations[3].id)
+    assert len(await collect(later)) == 3
+    for generation in generations:
+        await decode.cancel(generation.id)
 
 
 async def test_cancelling_frees_slot_and_cells(decode: LocalEngine) -> None:
@@ -150,15 +153,6 @@ async def test_cancelling_frees_slot_and_cells(decode: LocalEngine) -> None:
     await idle(decode)
 
 
-async def test_cancelling_a_request_that_waits_lets_the_others_go_on(decode: LocalEngine) -> None:
-    generations = [
-        await decode.generate(new_id(), greedy(prompt=PROMPT, max_tokens=4)) for _ in range(12)
-    ]
-    await decode.cancel(generations[10].id)
-    others = generations[:10] + generations[11:]
-    assert [len(await collect(generation)) for generation in others] == [4] * 11
-
-
 async def test_cancelling_what_is_not_there_changes_nothing(decode: LocalEngine) -> None:
     await decode.cancel("nobody")
     assert await ask(decode, prompt=PROMPT, max_tokens=2)
@@ -166,7 +160,7 @@ async def test_cancelling_what_is_not_there_changes_nothing(decode: LocalEngine)
 
 async def test_an_id_may_be_used_again_once_its_request_has_ended(decode: LocalEngine) -> None:
     request_id = new_id()
-    for _ in range(30):
+    for _ in range(20):
         generation = await decode.generate(request_id, greedy(tokens=[40, 41], max_tokens=1))
         assert len(await collect(generation)) == 1
 
@@ -206,16 +200,18 @@ async def test_a_second_request_of_the_same_id_is_refused_and_the_first_goes_on(
 ) -> None:
     """Whether the same daemon asks or another one, which has to hear of it, too."""
     other = await decode_process.connect()
-    expected = await ask(decode, prompt=PROMPT, max_tokens=40)
-    first = await decode.generate(new_id(), greedy(prompt=PROMPT, max_tokens=40))
-    begun = (await anext(first.chunks)).text
+    expected = await ask(decode, prompt=PROMPT, max_tokens=10)
+    first = await decode.generate(new_id(), greedy(prompt=PROMPT, max_tokens=900))
+    chunks = [await anext(first.chunks)]
     with pytest.raises(Conflict, match="under way"):
         await decode.generate(first.id, greedy(prompt="other"))
     second = await other.generate(first.id, greedy(prompt="other"))
     with pytest.raises(LlmsterError) as caught:
         await collect(second)
     assert (caught.value.code, caught.value.status) == ("duplicate_id", 409)
-    assert begun + text_of(await collect(first)) == expected
+    chunks += [await anext(first.chunks) for _ in range(9)]
+    assert text_of(chunks) == expected
+    await decode.cancel(first.id)
     await other.close()
 
 

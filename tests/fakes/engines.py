@@ -272,8 +272,8 @@ class KvProxy:
     """A bad network between two engines: passes a hand-over on, frame by frame, up to a point.
 
     `cut_at`: cuts both sides when this share of the KV has passed. `corrupt`: flips one bit of
-    the KV. `hold_after`: after that many ranges nothing passes any more, which sets `held`; the
-    connections stay.
+    the KV. `hold_after`: after that many ranges (infinite: before the logits) nothing passes any
+    more, which sets `held`; the connections stay.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class KvProxy:
         *,
         cut_at: float | None = None,
         corrupt: bool = False,
-        hold_after: int | None = None,
+        hold_after: float | None = None,
     ) -> None:
         self.port = 0
         self.held = asyncio.Event()
@@ -329,7 +329,10 @@ class KvProxy:
                 await asyncio.gather(*ways, return_exceptions=True)
         finally:
             for end in ends:
-                end.transport.abort()
+                end.close()
+            for end in ends:
+                with contextlib.suppress(OSError):
+                    await end.wait_closed()
 
     async def _pass_bytes(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):
@@ -346,7 +349,9 @@ class KvProxy:
             body = bytearray(await reader.readexactly(length))
             if kind == Kind.HELLO:
                 self._tokens = json.loads(body)["tokens"]
-            if kind in (Kind.RANGE, Kind.DONE) and self.ranges == self._hold_after:
+            if self._hold_after is not None and (
+                kind == Kind.DONE or (kind == Kind.RANGE and self.ranges == self._hold_after)
+            ):
                 self.held.set()
             if self.held.is_set():
                 continue
@@ -355,7 +360,7 @@ class KvProxy:
             if kind == Kind.RANGE and self._cut_at is not None:
                 share = (self._cut_at * self._tokens - start) / (end - start)
                 if share <= 1:
-                    writer.write((header + body)[: int(length * share)])
+                    writer.write((header + body)[: int((FRAME.size + length) * share)])
                     await writer.drain()
                     return
             writer.write(header + body)

@@ -1,7 +1,8 @@
-"""A node for tests: a home with small model files, an instance manager, or all of it with HTTP."""
+"""For tests: a home with models, an instance manager, a whole node, and a control plane."""
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any, Self, TypeVar
 import httpx
 import psutil
 import pytest
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
 from fakes.gguf import gguf_bytes
 from llmster_daemon.app import build_app, make_server, running_node
@@ -21,7 +24,13 @@ from llmster_daemon.config import NodeConfig
 from llmster_daemon.home import bind, prepare
 from llmster_daemon.models.store import ModelStore
 from llmster_daemon.node import Node
-from llmster_daemon.protocol.node import InstanceInfo, LoadOptions
+from llmster_daemon.protocol.node import (
+    Command,
+    CommandResult,
+    InstanceInfo,
+    LoadOptions,
+    PoolFeed,
+)
 from llmster_daemon.supervisor.manager import InstanceManager
 
 LIMIT_S = 20.0
@@ -133,6 +142,60 @@ async def until(condition: Callable[[], T], what: str, limit_s: float = LIMIT_S)
         assert time.monotonic() < deadline, f"not within {limit_s:g} s: {what}"
         await asyncio.sleep(POLL_S)
     return value
+
+
+class Control:
+    """A control plane that remembers what it was told; `port` stays the same over restarts."""
+
+    def __init__(self) -> None:
+        with bind("127.0.0.1", 0) as sock:
+            self.port = sock.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.welcome = True
+        """False: every connection is closed at once, as of a node that is not wanted."""
+        self.connections: list[ServerConnection] = []
+        self.connected_at: list[float] = []
+        self.messages: list[dict[str, Any]] = []
+        self.told_at: list[float] = []
+        self._server: Server | None = None
+
+    async def start(self) -> None:
+        self._server = await serve(self._serve, "127.0.0.1", self.port, max_size=None)
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _serve(self, socket: ServerConnection) -> None:
+        self.connections.append(socket)
+        self.connected_at.append(time.monotonic())
+        if not self.welcome:
+            return
+        with contextlib.suppress(ConnectionClosed):
+            async for data in socket:
+                self.messages.append(json.loads(data))
+                self.told_at.append(time.monotonic())
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        return [message for message in self.messages if message["type"] == kind]
+
+    def routes(self) -> list[str]:
+        return [r["request_id"] for report in self.told("report") for r in report["routes"]]
+
+    async def say(self, message: PoolFeed | Command | str | bytes) -> None:
+        data = message if isinstance(message, (str, bytes)) else message.model_dump_json()
+        await self.connections[-1].send(data)
+
+    async def order(self, name: str, **args: Any) -> CommandResult:
+        """Send a command and wait for what became of it."""
+        number = str(len(self.told("result")))
+        await self.say(Command.model_validate({"id": number, "name": name, "args": args}))
+        await until(lambda: number in [r["id"] for r in self.told("result")], f"{name} is answered")
+        return CommandResult.model_validate(
+            next(r for r in self.told("result") if r["id"] == number)
+        )
 
 
 class LiveNode:

@@ -228,3 +228,11 @@ def test_other_files_of_the_same_model_make_no_pair() -> None:
     decision = choose(snapshot_of(prefill, decode), Ask(MODEL))
     assert isinstance(decision, Colocated)
     assert decision.node == decode
+
+
+def test_beside_mixed_nodes_only_long_prompts_are_split() -> None:
+    pool = snapshot_of(
+        a_candidate("a", role="prefill"), a_candidate("b", role="decode"), a_candidate("c")
+    )
+    for prompt_bytes, kind in [(SPLIT_FROM_BYTES - 1, Colocated), (SPLIT_FROM_BYTES, Split)]:
+        assert isinstance(choose(pool, Ask(MODEL, prompt_bytes)), kind)

@@ -222,5 +222,5 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=300, stateful_step_count=30, deadline=None, report_multiple_bugs=False
+    max_examples=200, stateful_step_count=30, deadline=None, report_multiple_bugs=False
 )

@@ -211,7 +211,6 @@ async def test_after_the_first_byte_a_failure_is_the_last_event(tmp_path: Path) 
         await pool.idle()
 
 
-@pytest.mark.xfail(strict=True, reason="llmster_daemon.api.relay: the error joins a broken event")
 async def test_after_half_an_event_the_failure_is_an_event_of_its_own(tmp_path: Path) -> None:
     async def behave(_: Asked, wire: Wire) -> None:
         await wire.start()

@@ -380,14 +380,12 @@ async def test_a_web_page_can_not_join_or_ask(tmp_path: Path) -> None:
         assert response.status_code == 200
 
 
-@pytest.mark.xfail(strict=True, reason="llmster_daemon.home.is_loopback takes any name with 127.")
 async def test_a_name_that_begins_like_loopback_is_not_loopback(tmp_path: Path) -> None:
     async with running_pool(tmp_path) as pool:
         response = await pool.http.get("/pool/v1/state", headers={"host": "127.0.0.1.example.com"})
         assert response.status_code == 403
 
 
-@pytest.mark.xfail(strict=True, reason="llmster_daemon.api.http._refusal: urlsplit raises")
 async def test_a_host_header_that_is_no_host_is_refused(tmp_path: Path) -> None:
     async with running_pool(tmp_path) as pool:
         response = await pool.http.get("/pool/v1/state", headers={"host": "[bad"})

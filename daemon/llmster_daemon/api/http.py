@@ -4,14 +4,16 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,8 +62,12 @@ class Edge:
             request_id = new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 names = {key for key, _ in message["headers"]}
                 message["headers"] = list(message["headers"])
                 if REQUEST_ID.encode() not in names:
@@ -72,23 +78,47 @@ class Edge:
 
         refusal = _refusal(headers)
         if refusal is None:
-            await self._app(scope, receive, send_with_headers)
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except Exception as error:
+                if started or scope["type"] != "http":
+                    raise
+                log.exception("an unforeseen error in request %s", request_id)
+                await error_response(_surprise(error))(scope, receive, send_with_headers)
         elif scope["type"] == "http":
             await error_response(refusal)(scope, receive, send_with_headers)
         else:
             await send({"type": "websocket.close", "code": 4403, "reason": refusal.code})
 
 
+def _surprise(error: Exception) -> LlmsterError:
+    return LlmsterError(
+        "internal_error",
+        f"an unforeseen error ({type(error).__name__})",
+        "this is a bug in llmster; the log of the process has the details",
+    )
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
 def _refusal(headers: dict[bytes, bytes]) -> LlmsterError | None:
-    host = urlsplit("//" + headers.get(b"host", b"localhost").decode("latin-1")).hostname
-    if not is_loopback(host or ""):
+    host = headers.get(b"host", b"localhost").decode("latin-1")
+    if not is_loopback(_host_of(f"//{host}")):
         return LlmsterError(
             "bad_host", "this server answers for localhost only", "use http://127.0.0.1:PORT", 403
         )
     origin = headers.get(b"origin", b"").decode("latin-1")
-    if origin and not is_loopback(urlsplit(origin).hostname or ""):
+    if origin and not is_loopback(_host_of(origin)):
         return LlmsterError(
-            "bad_origin", "web pages of other sites may not use this server", "", 403
+            "bad_origin",
+            "web pages of other sites may not use this server",
+            "serve the page from http://localhost, or ask without an `origin` header",
+            403,
         )
     return None
 
@@ -109,14 +139,16 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> Response:
-        return error_response(bad_field(error.errors()[0]))
+        detail = error.errors()[0]
+        where = detail["loc"][1:] if detail["loc"][0] == "body" else detail["loc"]
+        return error_response(bad_field(detail, where))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         known = {404: "not_found", 405: "method_not_allowed"}
         what = f"{request.method} {request.url.path}"
         message = {404: f"there is no {what}", 405: f"{what}: wrong method"}
-        return error_response(
+        response = error_response(
             LlmsterError(
                 known.get(error.status_code, "http_error"),
                 message.get(error.status_code, str(error.detail)),
@@ -124,28 +156,18 @@ def install(app: FastAPI) -> None:
                 error.status_code,
             )
         )
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(ClientGone)
-    async def on_client_gone(_: Request, __: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnect)
+    async def on_client_gone(_: Request, __: Exception) -> Response:
         return Response(status_code=499)
 
-    @app.exception_handler(Exception)
-    async def on_surprise(_: Request, error: Exception) -> Response:
-        return error_response(
-            LlmsterError(
-                "internal_error",
-                f"an unforeseen error ({type(error).__name__})",
-                "this is a bug in llmster; the log of the process has the details",
-            )
-        )
 
-
-def bad_field(detail: Any) -> BadRequest:
+def bad_field(detail: Any, where: Sequence[str | int]) -> BadRequest:
     """A pydantic error as one of ours. Never quotes the input: it may be a prompt."""
-    where = [str(part) for part in detail["loc"]]
-    if where and where[0] == "body":
-        where = where[1:]
-    param = ".".join(where) or None
+    param = ".".join(str(part) for part in where) or None
     code = "missing_field" if detail["type"] == "missing" else "invalid_value"
     return BadRequest(
         code,
@@ -179,14 +201,33 @@ def parse(model: type[M], body: bytes) -> M:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        detail = error.errors(include_input=False, include_url=False)[0]
-        if detail["type"] == "json_invalid":
+        details = error.errors(include_input=False, include_url=False)
+        if details[0]["type"] == "json_invalid":
             raise BadRequest(
                 "invalid_json",
-                f"the body is not JSON: {detail['ctx']['error']}",
+                f"the body is not JSON: {details[0]['ctx']['error']}",
                 "send one JSON object, with `content-type: application/json`",
             ) from None
-        raise bad_field(detail) from None
+        value = from_json(body)
+        # Of a value that may be of several types: the type that it came closest to.
+        located = [(detail, _path(detail, value)) for detail in details]
+        raise bad_field(*max(located, key=lambda found: len(found[1]))) from None
+
+
+def _path(detail: Any, value: Any) -> list[str | int]:
+    """Where in `value` a pydantic error is: its `loc`, less the names of types in between."""
+    path: list[str | int] = []
+    for part in detail["loc"]:
+        if isinstance(value, dict):
+            inside = part in value
+        else:
+            inside = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if inside:
+            value = value[part]
+            path.append(part)
+    if detail["type"] == "missing":
+        path.append(detail["loc"][-1])
+    return path
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

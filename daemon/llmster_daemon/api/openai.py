@@ -101,8 +101,15 @@ async def _serve(
         raise await node.why_not(asked.model)
     params = await _params(node, asked, instance.handle.model, instance.handle.digest)
     job = Job(request.state.request_id, instance.handle.model, params, plan, received_s)
-    answer = await until_gone(request, node.serving.start(job, instance))
     chat = isinstance(asked, ChatRequest)
+    try:
+        answer = await until_gone(request, node.serving.start(job, instance))
+    except LlmsterError as error:
+        if error.status == 400:
+            # All that an engine can find wrong with a request is its prompt.
+            error.param = "messages" if chat else "prompt"
+            error.hint = error.hint or "docs/api.md says what a prompt can be"
+        raise
     headers = {ROUTE: answer.route_header(), "cache-control": "no-store"}
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage

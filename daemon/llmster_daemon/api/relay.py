@@ -15,6 +15,7 @@ TIMEOUT = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
 BACK = ("content-type", "retry-after", ROUTE, REQUEST_ID)
 FORTH = (PREFER,)
 STREAM = "text/event-stream"
+EVENT_END = b"\n\n"
 
 
 def new_client() -> httpx.AsyncClient:
@@ -89,8 +90,12 @@ def answer(response: httpx.Response, on_end: Callable[[], None] = lambda: None) 
 
 
 async def _relay(response: httpx.Response) -> AsyncIterator[bytes]:
+    end = EVENT_END
     try:
         async for data in response.aiter_raw():
+            end = (end + data)[-len(EVENT_END) :]
             yield data
     except httpx.HTTPError:
+        if end != EVENT_END:
+            yield EVENT_END  # or the error would be part of the event that broke off
         yield sse_error(EngineLost("the node went away in the middle of its answer"))
