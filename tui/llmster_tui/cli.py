@@ -41,7 +41,7 @@ def root(
 def main() -> None:
     """Run a command; every error that llmster raises on purpose is one line and a hint."""
     try:
-        app()
+        app(prog_name="llmster")
     except LlmsterError as error:
         if "--json" in sys.argv:
             typer.echo(json.dumps(error.envelope()))
