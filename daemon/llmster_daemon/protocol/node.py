@@ -88,7 +88,7 @@ class LoadOptions(Frozen):
     """How to load a model. `context_length` None: what the model allows, 8,192 at most."""
 
     context_length: int | None = Field(default=None, ge=16, le=1 << 24)
-    slots: int = Field(default=16, ge=1, le=256)
+    slots: int = Field(default=16, ge=1, le=128)
     threads: int | None = Field(default=None, ge=1, le=1024)
     gpu_layers: int = Field(default=-1, ge=-1)
     """Layers to offload; -1 is all of them, where there is a GPU."""
