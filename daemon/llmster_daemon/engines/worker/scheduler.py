@@ -282,6 +282,9 @@ class Scheduler:
 
     def _take_slot(self, sequence: Sequence, source: int | None, shared: int) -> None:
         if not self._free_slots:
+            if source == self.index.oldest() and self.index.kept == 1:
+                # The only slot that can be freed is the one to share with.
+                source, shared = None, 0
             self._forget_oldest(spare=source)
         slot = self._free_slots.pop()
         sequence.slot = slot
@@ -302,12 +305,10 @@ class Scheduler:
     def _forget_oldest(self, spare: int | None) -> None:
         """Forget the least recently used kept sequence. `spare` was used just now, so is last."""
         oldest = self.index.oldest()
-        if oldest is None or (oldest == spare and self.index.kept == 1):
-            raise RuntimeError("no slot is left: there are more residents than slots")
-        if oldest == spare:
+        if oldest == spare and oldest is not None:
             self.index.touch(oldest)
             oldest = self.index.oldest()
-            assert oldest is not None  # noqa: S101 - there are at least two
+        assert oldest is not None  # noqa: S101 - callers know that something is kept
         self._forget(oldest)
 
     def _forget(self, slot: int) -> None:
