@@ -44,7 +44,7 @@ class FakeBackend:
             raise LoadError(str(options["fail_load"]))
         self.cells = spec.context_length
         self.slots = spec.slots
-        self.kept_slots = int(options.get("kept_slots", 4))
+        self.kept_slots = 4 if spec.prefix_cache else 0
         self.batch_tokens = 64
         self.cell_bytes = BYTES_PER_TOKEN
         self.layout = "fake;1"

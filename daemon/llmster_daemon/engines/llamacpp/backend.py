@@ -58,7 +58,9 @@ class LlamaBackend:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.slots = spec.slots
-        self.kept_slots = min(KEPT_SLOTS, MAX_SEQUENCES - 1 - spec.slots)
+        self.kept_slots = min(
+            KEPT_SLOTS if spec.prefix_cache else 0, MAX_SEQUENCES - 1 - spec.slots
+        )
         self._scratch = self.slots + self.kept_slots
         """A sequence of our own, through which ranges are exported and imported."""
         self._context = self._open(spec)

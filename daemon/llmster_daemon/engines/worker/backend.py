@@ -29,6 +29,7 @@ class EngineSpec(Frozen):
     slots: int = 16
     threads: int = 1
     gpu_layers: int = -1
+    prefix_cache: bool = False
     orphan_timeout_s: float = 300.0
     """Without a daemon for this long, the process ends by itself."""
     options: dict[str, Any] = Field(default_factory=dict)

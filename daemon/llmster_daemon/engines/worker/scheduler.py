@@ -13,8 +13,8 @@ Rules:
   sequence always advances.
 - A sequence that awaits its KV from elsewhere holds cells for its whole prompt and is never
   swapped out.
-- A sequence that has ended leaves its KV behind, in a slot beyond those of the residents, until
-  the room is needed. A new prompt that begins like it shares those cells.
+- With `kept_slots`, a sequence that has ended leaves its KV behind until the room is needed, and a
+  new prompt that begins like it shares those cells. Without, nothing is kept or shared.
 """
 
 from collections.abc import Iterator
@@ -109,6 +109,7 @@ class Scheduler:
         """Whose KV lies where; its keys are slots."""
         self._free_slots = list(range(slots + kept_slots))
         self._moves: list[Move] = []
+        self._shares = kept_slots > 0
         self._order = 0
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -140,7 +141,8 @@ class Scheduler:
             return
         if sequence.slot >= 0:
             self.resident.remove(sequence)
-            if sequence.computed >= MIN_SHARED_TOKENS and sequence.phase is not Phase.AWAITING:
+            worth = sequence.computed >= MIN_SHARED_TOKENS
+            if self._shares and worth and sequence.phase is not Phase.AWAITING:
                 self.index.keep(sequence.slot)
                 sequence.slot = -1
             else:
@@ -272,7 +274,7 @@ class Scheduler:
 
     def _shareable(self, sequence: Sequence) -> tuple[int | None, int]:
         """The slot whose KV a prompt can begin with, and for how many tokens."""
-        if sequence.awaits_kv or sequence.computed:
+        if not self._shares or sequence.awaits_kv or sequence.computed:
             return None, 0
         # The last token is always computed: its logits are needed.
         source, shared = self.index.match(sequence.tokens, len(sequence.tokens) - 1)
