@@ -2,7 +2,8 @@
 
     python scripts/bench/engine.py [--model FILE.gguf] [--repeat 3] [--json FILE]
 
-Needs `pip install xllamacpp`. Same model file, threads, slots and context on both sides; the sides
+Needs `pip install xllamacpp`. Without --model: a Q4_0 copy of the sample model, since its own Q4_1
+hardly gains from batching on a CPU. Same model file, threads, slots and context on both sides; the sides
 take turns within each measurement, and medians are shown. The machine's noise hits both alike.
 """
 
@@ -24,8 +25,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+import llama_cpp
 
 from llmster_daemon.config import NodeConfig
+from llmster_daemon.home import default_home
+from llmster_daemon.models.sample import ensure_sample
 from llmster_daemon.models.store import ModelStore
 
 HERE = Path(__file__).parent
@@ -243,16 +247,34 @@ async def run(model: Path, repeat: int) -> list[dict[str, object]]:
     return rows
 
 
+def q4_0_sample() -> Path:
+    """The sample model, quantised again by llama.cpp; made once, kept in the home's cache."""
+    cache = default_home() / "cache"
+    copy = cache / "smollm2-135m-instruct-q4_0.gguf"
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        source = ensure_sample(ModelStore(cache / "bench"), cache=cache).path
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+        params.allow_requantize = True
+        part = copy.with_suffix(".part")
+        failed = llama_cpp.llama_model_quantize(source.encode(), str(part).encode(), params)
+        if failed:
+            raise RuntimeError("llama.cpp could not quantise the sample")
+        part.rename(copy)
+    return copy
+
+
 def main() -> None:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
+    parser.add_argument("--model", type=Path, help="a GGUF file")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, {THREADS} threads"
     print(f"# {' '.join(sys.argv)}\n# {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {machine}")
-    rows = asyncio.run(run(options.model, options.repeat))
+    rows = asyncio.run(run(options.model or q4_0_sample(), options.repeat))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

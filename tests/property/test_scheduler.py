@@ -1,5 +1,7 @@
 """The scheduler under any mix of arrivals, cancels, hand-overs, stalls and lost KV."""
 
+import itertools
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -10,7 +12,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from llmster_daemon.engines.worker.scheduler import Part, Phase, Scheduler, Sequence, Step
+from llmster_daemon.engines.worker.scheduler import (
+    MIN_SHARED_TOKENS,
+    Move,
+    Part,
+    Phase,
+    Scheduler,
+    Sequence,
+    Step,
+)
 
 DRAIN_STEPS = 20_000
 """Far more steps than any run below needs, so reaching it means that nothing moves."""
@@ -20,8 +30,10 @@ ARRIVAL = st.tuples(
     st.sampled_from([0, 1, 3, 5, 8, 8, 10, 12, 15, 20, 40, 200]),
     st.sampled_from([1, 2, 20, 60, 100, 100, 200]),
     st.sampled_from([False, False, True]),
+    st.integers(0, 2),
 )
-"""Prompt tokens (modulo what fits), tokens to generate, whether its KV comes from elsewhere."""
+"""Prompt tokens (modulo what fits), tokens to generate, whether its KV comes from elsewhere, and
+which of three texts the prompt is the beginning of: prompts of one text can share KV."""
 KV_ENDS = st.sampled_from(["", "", "", "", "whole", "fails"])
 
 
@@ -33,19 +45,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         cells=st.sampled_from([2, 3, 10, 40, 60, 64, 80, 100, 120]),
         slots=st.sampled_from([6, 5, 4, 3, 2, 1]),
         batch_tokens=st.sampled_from([40, 16, 8, 1]),
+        kept_slots=st.sampled_from([0, 1, 2, 8]),
         shared_chunk=st.sampled_from([40, 16, 3, 1]),
     )
-    def build(self, cells: int, slots: int, batch_tokens: int, shared_chunk: int) -> None:
+    def build(
+        self, cells: int, slots: int, batch_tokens: int, kept_slots: int, shared_chunk: int
+    ) -> None:
         # llama.cpp's batch is never smaller than the number of its slots.
         self.batch_tokens = max(batch_tokens, slots)
         self.shared_chunk = shared_chunk
         self.cells = cells
         self.slots = slots
-        self.scheduler = Scheduler(cells, slots, self.batch_tokens, shared_chunk)
+        self.all_slots = slots + kept_slots
+        self.scheduler = Scheduler(cells, slots, self.batch_tokens, kept_slots, shared_chunk)
         self.limits: dict[Sequence, int] = {}
         """Tokens at which a request ends; holds those that have not ended."""
-        self.kv: dict[int, int] = {}
-        """What lies in the cache: slot -> tokens."""
+        self.kv: dict[int, list[tuple[int, int]]] = {}
+        """What lies in the cache: slot -> (token, cell) of every position."""
+        self.new_cells = itertools.count()
         self.saved: dict[Sequence, int] = {}
         self.first_admissions: list[int] = []
         self.finished = 0
@@ -54,9 +71,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(arrivals=st.lists(ARRIVAL, min_size=2, max_size=6))
     def arrive(self, arrivals: list[tuple[int, int, bool]]) -> None:
-        for prompt, answer, awaits_kv in arrivals:
+        for prompt, answer, awaits_kv, text in arrivals:
             tokens = 1 + prompt % (self.cells - 1)
-            sequence = self.scheduler.add(f"r{len(self.limits)}", [0] * tokens, awaits_kv)
+            words = [(i * i + text) % 7 + 10 * text for i in range(tokens)]
+            sequence = self.scheduler.add(f"r{len(self.limits)}", words, awaits_kv)
             self.limits[sequence] = min(self.cells, tokens + answer)
 
     @precondition(lambda self: self.limits)
@@ -72,8 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if awaiting:
             sequence = self.pick(awaiting, pick)
             missing = sequence.prompt_tokens - sequence.computed
-            sequence.computed += round(missing * share)
-            self.kv[sequence.slot] = sequence.computed
+            self.receive(sequence, sequence.computed + round(missing * share))
             if end == "whole":
                 self.deliver(sequence)
             elif end == "fails":
@@ -105,11 +122,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         slots = [s.slot for s in scheduler.resident]
         assert len(set(slots)) == len(slots) <= self.slots
-        assert all(0 <= slot < self.slots for slot in slots)
+        assert all(0 <= slot < self.all_slots for slot in slots)
         assert 0 <= scheduler.used_cells <= self.cells
-        assert sum(self.kv.values()) <= self.cells
-        assert all(self.kv.get(s.slot, 0) == s.computed for s in scheduler.resident)
-        assert set(self.kv) <= set(slots)
+        self.check_room()
+        for sequence in scheduler.resident:
+            lies = [token for token, _ in self.kv.get(sequence.slot, [])]
+            assert lies == sequence.tokens[: sequence.computed]
         assert all(s.computed < len(s.tokens) or s.awaits_kv for s in scheduler)
         assert set(scheduler) == set(self.limits)
         assert [s.order for s in scheduler.waiting] == sorted(s.order for s in scheduler.waiting)
@@ -131,6 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step(restores=True)
         assert not self.limits, "some request starves"
         assert self.scheduler.free_cells == self.cells
+        assert self.scheduler.index.active_cells == 0
         assert self.first_admissions == sorted(self.first_admissions)
 
     # The engine loop, without an engine
@@ -140,25 +159,52 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = self.scheduler.plan()
         self.check(step, before)
         for sequence in step.swap_out:
-            self.saved[sequence] = self.kv.pop(sequence.slot, 0)
+            self.saved[sequence] = len(self.kv.pop(sequence.slot, []))
             assert self.saved[sequence] == sequence.computed
             self.scheduler.swapped_out(sequence)
+        for move in step.moves:
+            self.move(move, restores)
+            self.check_room()
         for sequence in step.admitted:
             if sequence.order not in self.first_admissions:
                 self.first_admissions.append(sequence.order)
-            assert sequence.slot not in self.kv, "the slot of another sequence's KV"
-            assert sequence.computed == self.saved.pop(sequence, 0)
-            if sequence.computed and not restores:
-                self.scheduler.start_over(sequence)
-            self.kv[sequence.slot] = sequence.computed
+            assert len(self.kv.setdefault(sequence.slot, [])) == sequence.computed
         for part in step.parts:
             if part.start == part.sequence.computed:  # not one whose KV was lost just now
                 self.advance(part)
+                self.check_room()
+
+    def move(self, move: Move, restores: bool) -> None:
+        if move.source is not None:
+            assert not self.kv.get(move.slot), "the slot of another sequence's KV"
+            assert MIN_SHARED_TOKENS <= move.length <= len(self.kv[move.source])
+            self.kv[move.slot] = self.kv[move.source][: move.length]
+        elif move.restore is not None:
+            assert not self.kv.get(move.slot), "the slot of another sequence's KV"
+            sequence = move.restore
+            assert sequence.computed == self.saved.pop(sequence)
+            if restores:
+                self.fill(move.slot, sequence.tokens[: sequence.computed])
+            else:
+                self.scheduler.compute_again(sequence, 0)
+        else:
+            self.kv.pop(move.slot, None)
+
+    def fill(self, slot: int, tokens: list[int]) -> None:
+        row = self.kv.setdefault(slot, [])
+        row += [(token, next(self.new_cells)) for token in tokens]
+
+    def check_room(self) -> None:
+        assert len({cell for row in self.kv.values() for _, cell in row}) <= self.cells
+
+    def receive(self, sequence: Sequence, end: int) -> None:
+        self.fill(sequence.slot, sequence.tokens[sequence.computed : end])
+        self.scheduler.received(sequence, end)
 
     def advance(self, part: Part) -> None:
         sequence = part.sequence
+        self.fill(sequence.slot, sequence.tokens[part.start : part.start + part.count])
         self.scheduler.advance(part)
-        self.kv[sequence.slot] += part.count
         if part.wants:
             self.sample(sequence)
 
@@ -187,25 +233,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(a.order < w.order for a in step.admitted for w in self.scheduler.waiting)
 
     def sample(self, sequence: Sequence) -> None:
-        sequence.tokens.append(0)
+        sequence.tokens.append(len(sequence.tokens) % 3)
         if len(sequence.tokens) >= self.limits[sequence]:
             self.finished += 1
             self.end(sequence)
 
     def deliver(self, sequence: Sequence) -> None:
-        sequence.computed = sequence.prompt_tokens
-        self.kv[sequence.slot] = sequence.computed
+        self.receive(sequence, sequence.prompt_tokens)
         self.scheduler.kv_arrived(sequence)
         self.sample(sequence)
 
     def fail_kv(self, sequence: Sequence) -> None:
         self.scheduler.stop_awaiting(sequence)
         if sequence.computed == sequence.prompt_tokens:
-            sequence.computed -= 1
-            self.kv[sequence.slot] -= 1
+            self.scheduler.compute_again(sequence, sequence.computed - 1)
+            self.kv[sequence.slot].pop()
 
     def end(self, sequence: Sequence) -> None:
-        self.kv.pop(sequence.slot, None)
         self.saved.pop(sequence, None)
         del self.limits[sequence]
         self.scheduler.remove(sequence)

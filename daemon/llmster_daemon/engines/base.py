@@ -24,6 +24,44 @@ class GenerateParams(Frozen):
     top_p: float = 0.95
     top_k: int = 40
     min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repeat_last_n: int = 64
+    """Tokens that the three penalties look back at, the prompt's included."""
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int = 1024
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str | None = None
+    """GBNF; the rule `root` is what the answer must be."""
+    logprobs: int | None = None
+    """How many alternatives to tell with every token's log probability; None: neither."""
+
+    @property
+    def penalises(self) -> bool:
+        """True if any of the three penalties does something."""
+        changed = self.repeat_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return bool(changed and self.repeat_last_n)
+
+    @property
+    def looks_back(self) -> bool:
+        """True if earlier tokens matter for sampling."""
+        return self.penalises or self.dry_multiplier > 0
+
+    @property
+    def greedy(self) -> bool:
+        """True if the likeliest token is always the answer."""
+        shaped = self.looks_back or self.logit_bias or self.grammar is not None
+        return (self.temperature <= 0 or self.top_k == 1) and not shaped
 
 
 @dataclass(slots=True)
@@ -36,6 +74,16 @@ class Chunk:
     text: str
     tokens: int
     finish: str | None = None
+    logprob: "TokenLogprob | None" = None
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """A token, its log probability, and the likeliest tokens in its place."""
+
+    piece: bytes
+    logprob: float
+    alternatives: list[tuple[bytes, float]]
 
 
 async def _nothing() -> AsyncIterator[Chunk]:
@@ -55,6 +103,8 @@ class Generation:
     chunks: AsyncIterator[Chunk] = field(default_factory=lambda: _nothing())
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was there already."""
     kv_bytes: int = 0
     handover_s: float | None = None
     recomputed: str | None = None
@@ -84,7 +134,11 @@ class Prefilled:
 
 @dataclass(slots=True)
 class EngineStatus:
-    """What an engine last said of itself. `kv_used_cells` counts tokens that hold KV."""
+    """What an engine last said of itself.
+
+    `kv_used_cells` counts tokens whose KV is worked on, `kv_kept_cells` those that are kept for
+    prompts that begin alike, and go when their room is needed.
+    """
 
     context_length: int = 0
     slots: int = 0
@@ -92,6 +146,7 @@ class EngineStatus:
     active: int = 0
     waiting: int = 0
     kv_used_cells: int = 0
+    kv_kept_cells: int = 0
 
 
 class Engine(Protocol):

@@ -11,15 +11,16 @@ It misbehaves on request (`options`):
     hang_after_steps        never returns from that step
 """
 
+import itertools
 import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .base import GenerateParams
 from .worker.backend import BackendError, Batch, EngineSpec, LoadError, Logits
 
 VOCABULARY = 257
@@ -43,12 +44,15 @@ class FakeBackend:
             raise LoadError(str(options["fail_load"]))
         self.cells = spec.context_length
         self.slots = spec.slots
+        self.kept_slots = 4 if spec.prefix_cache else 0
         self.batch_tokens = 64
         self.cell_bytes = BYTES_PER_TOKEN
         self.layout = "fake;1"
-        self.highest_cells = 0
         self._options = options
-        self._kv: list[list[int]] = [[] for _ in range(spec.slots)]
+        self._kv: list[list[int]] = [[] for _ in range(self.slots + self.kept_slots)]
+        self._cells: list[list[int]] = [[] for _ in self._kv]
+        """The cell of each position; sequences that share KV share cells."""
+        self._new_cells = itertools.count()
         self._rows: dict[int, Logits] = {}
         self._steps = 0
 
@@ -89,19 +93,16 @@ class FakeBackend:
             kv = self._kv[slot]
             if position != len(kv):
                 raise BackendError(f"slot {slot} can't continue at position {position}")
-            kv.append(token)
+            self._append(slot, [token])
             if wants:
                 self._rows[row] = self._predict(kv)
-        used = sum(len(kv) for kv in self._kv)
-        self.highest_cells = max(self.highest_cells, used)
-        if used > self.cells:
-            raise BackendError(f"{used} cells used of {self.cells}")
+        self._check_room()
 
     def logits(self, row: int) -> Logits:
         """What `decode` predicted."""
         return self._rows[row]
 
-    def sampler(self, params: dict[str, Any]) -> "FakeSampler":
+    def sampler(self, params: GenerateParams, prompt: Sequence[int]) -> "FakeSampler":
         """Greedy at temperature 0, else the seed chooses among the best eight."""
         return FakeSampler(params)
 
@@ -119,14 +120,33 @@ class FakeBackend:
         kv = self._kv[slot]
         if start != len(kv) or len(blob) != (end - start) * BYTES_PER_TOKEN:
             raise BackendError(f"slot {slot} can't take positions {start} to {end}")
-        kv.extend(np.frombuffer(blob, dtype="<u2")[:: BYTES_PER_TOKEN // 2].tolist())
+        self._append(slot, np.frombuffer(blob, dtype="<u2")[:: BYTES_PER_TOKEN // 2].tolist())
+        self._check_room()
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Copy the first positions."""
+        if self._kv[slot] or length > len(self._kv[source]):
+            raise BackendError(f"slot {slot} can't share {length} positions of {source}")
+        self._kv[slot] = self._kv[source][:length]
+        self._cells[slot] = self._cells[source][:length]
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget what lies behind."""
         del self._kv[slot][length:]
+        del self._cells[slot][length:]
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def _append(self, slot: int, tokens: list[int]) -> None:
+        self._kv[slot].extend(tokens)
+        self._cells[slot].extend(next(self._new_cells) for _ in tokens)
+
+    def _check_room(self) -> None:
+        """Like a real cache: there are only so many cells."""
+        used = len(set(itertools.chain.from_iterable(self._cells)))
+        if used > self.cells:
+            raise BackendError(f"{used} cells used of {self.cells}")
 
     def _predict(self, kv: list[int]) -> Logits:
         """High for a printable letter that depends on all of `kv`, and on its order."""
@@ -142,9 +162,9 @@ class FakeBackend:
 class FakeSampler:
     """Greedy, or a seeded choice."""
 
-    def __init__(self, params: dict[str, Any]) -> None:
-        self._greedy = params["temperature"] <= 0
-        self._random = np.random.default_rng(int(params["seed"]) & 0xFFFFFFFF)
+    def __init__(self, params: GenerateParams) -> None:
+        self._greedy = params.temperature <= 0
+        self._random = np.random.default_rng(params.seed & 0xFFFFFFFF)
 
     def sample(self, logits: Logits) -> int:
         """The next token."""

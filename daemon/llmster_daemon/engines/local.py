@@ -8,7 +8,15 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ..errors import BadRequest, Conflict, ContextOverflow, EngineLost, LlmsterError
-from .base import Chunk, EngineStatus, GenerateParams, Generation, Prefilled, Reservation
+from .base import (
+    Chunk,
+    EngineStatus,
+    GenerateParams,
+    Generation,
+    Prefilled,
+    Reservation,
+    TokenLogprob,
+)
 from .worker.ipc import LENGTH, FrameError, frame_length, pack, unpack
 
 CONNECT_TIMEOUT_S = 5.0
@@ -194,14 +202,15 @@ class LocalEngine:
                     raise value
                 if kind != "step":
                     continue
-                if len(value) > 4:
-                    first = value[4]
+                if len(value) > 5:
+                    first = value[5]
                     generation.prompt_tokens = first[0]
                     generation.kv_bytes = first[1]
                     generation.handover_s = first[2]
                     generation.recomputed = first[3]
+                    generation.cached_tokens = first[4]
                 generation.completion_tokens += value[2]
-                yield Chunk(value[1], value[2], value[3])
+                yield Chunk(value[1], value[2], value[3], _logprob(value[4]))
                 if value[3] is not None:
                     return
         finally:
@@ -228,11 +237,15 @@ class LocalEngine:
         self.last_event_s = time.monotonic()
         if kind == "beat":
             status = self._status
-            status.active, status.waiting, status.kv_used_cells = event["stats"]
+            status.active, status.waiting, status.kv_used_cells, status.kv_kept_cells = event[
+                "stats"
+            ]
             return
         if kind == "step":
             status = self._status
-            status.active, status.waiting, status.kv_used_cells = event["stats"]
+            status.active, status.waiting, status.kv_used_cells, status.kv_kept_cells = event[
+                "stats"
+            ]
             for item in event["out"]:
                 events = self._queues.get(item[0])
                 if events is not None:
@@ -257,3 +270,7 @@ class LocalEngine:
             events.put_nowait(("error", overflow))
         else:
             events.put_nowait((str(kind), event))
+
+
+def _logprob(value: list[Any] | None) -> TokenLogprob | None:
+    return TokenLogprob(value[0], value[1], [(p, x) for p, x in value[2]]) if value else None

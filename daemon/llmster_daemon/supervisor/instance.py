@@ -283,6 +283,7 @@ class Instance:
             slots=options.slots,
             threads=options.threads or self._threads,
             gpu_layers=options.gpu_layers,
+            prefix_cache=options.prefix_cache,
             orphan_timeout_s=self._orphan_timeout_s,
             options=dict(handle.extra),
         )

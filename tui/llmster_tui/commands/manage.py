@@ -37,6 +37,12 @@ def load(
     gpu_layers: Annotated[
         int, typer.Option("--gpu-layers", min=-1, help="Layers on the GPU; -1 is all.")
     ] = -1,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache", help="Keep the KV of ended requests for prompts that begin alike."
+        ),
+    ] = False,
     control: Control = DEFAULT_CONTROL,
     as_json: AsJson = False,
 ) -> None:
@@ -45,7 +51,11 @@ def load(
     from llmster_daemon.protocol.node import LoadOptions
 
     options = LoadOptions(
-        context_length=context, slots=slots, threads=threads, gpu_layers=gpu_layers
+        context_length=context,
+        slots=slots,
+        threads=threads,
+        gpu_layers=gpu_layers,
+        prefix_cache=prefix_cache,
     )
     request = LoadRequest(model=model, node=node, options=options)
     result = _with_status(

@@ -6,19 +6,23 @@ batch, slot and blob is checked here first; `BackendError` is the worst that a c
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llama_cpp
 import numpy as np
 
 from ...kv.blob import BlobError, KvLayout
-from ..worker.backend import BackendError, Batch, EngineSpec, LoadError, Logits
+from ..base import GenerateParams
+from ..worker.backend import BackendError, Batch, EngineSpec, LoadError, Logits, RequestError
 from ..worker.backend import Sampler as SamplerProtocol
 from .sampling import Candidates, ChainSampler, GreedySampler
 
 BATCH_TOKENS = 512
 FLASH_ATTENTION_ON = 1
+KEPT_SLOTS = 32
+MAX_SEQUENCES = 256
+"""What llama.cpp is built for."""
 LOG_WARN, LOG_ERROR, LOG_CONTINUE = 3, 4, 5
 """ggml_log_level."""
 
@@ -54,7 +58,10 @@ class LlamaBackend:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self._vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.slots = spec.slots
-        self._scratch = spec.slots
+        self.kept_slots = min(
+            KEPT_SLOTS if spec.prefix_cache else 0, MAX_SEQUENCES - 1 - spec.slots
+        )
+        self._scratch = self.slots + self.kept_slots
         """A sequence of our own, through which ranges are exported and imported."""
         self._context = self._open(spec)
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -62,7 +69,7 @@ class LlamaBackend:
         self.batch_tokens = int(llama_cpp.llama_n_batch(self._context))
         self._batch = llama_cpp.llama_batch_init(self.batch_tokens, 0, 1)
         self._rows = _BatchViews(self._batch, self.batch_tokens)
-        self._next = [0] * (spec.slots + 1)
+        self._next = [0] * self._scratch
         """Next position of every sequence: what a batch and a blob must continue."""
         self._wanted: set[int] = set()
         self._candidates = Candidates(self._vocabulary)
@@ -105,7 +112,7 @@ class LlamaBackend:
         if not 0 < count <= self.batch_tokens:
             raise BackendError(f"a batch of {count} rows; 1 to {self.batch_tokens} are possible")
         for slot, position in zip(batch.slots.tolist(), batch.positions.tolist(), strict=True):
-            if not 0 <= slot < self.slots or position != self._next[slot]:
+            if not 0 <= slot < self._scratch or position != self._next[slot]:
                 raise BackendError(f"slot {slot} can't continue at position {position}")
             self._next[slot] += 1
         if batch.tokens.min() < 0 or batch.tokens.max() >= self._vocabulary:
@@ -126,15 +133,17 @@ class LlamaBackend:
             raise BackendError(f"llama.cpp has no logits for row {row}")
         return np.ctypeslib.as_array(pointer, shape=(self._vocabulary,))
 
-    def sampler(self, params: dict[str, Any]) -> SamplerProtocol:
+    def sampler(self, params: GenerateParams, prompt: Sequence[int]) -> SamplerProtocol:
         """A sampler; temperature 0 is greedy."""
-        if params["temperature"] <= 0 or params["top_k"] == 1:
+        if params.greedy:
             return GreedySampler()
-        return ChainSampler(self._candidates, params)
+        if any(not self.valid(token) for token, _ in params.logit_bias):
+            raise RequestError("bad_tokens", "logit_bias names a token that does not exist")
+        return ChainSampler(self._vocab, self._candidates, params, prompt)
 
     def export_range(self, slot: int, start: int, end: int) -> bytearray:
         """The KV of [start, end), copied through the scratch sequence."""
-        if not 0 <= slot < self.slots or not 0 <= start < end <= self._next[slot]:
+        if not 0 <= slot < self._scratch or not 0 <= start < end <= self._next[slot]:
             raise BackendError(f"slot {slot} has no KV of positions {start} to {end}")
         llama_cpp.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
         try:
@@ -144,7 +153,7 @@ class LlamaBackend:
 
     def import_range(self, slot: int, start: int, end: int, blob: bytearray) -> None:
         """Append KV. The blob's structure is written anew; only its K and V rows are used."""
-        if not 0 <= slot < self.slots or start != self._next[slot] or end > self.cells:
+        if not 0 <= slot < self._scratch or start != self._next[slot] or end > self.cells:
             raise BackendError(f"slot {slot} can't take positions {start} to {end}")
         try:
             self._kv_layout.stamp(blob, self._scratch, start, end)
@@ -158,6 +167,13 @@ class LlamaBackend:
         llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
         llama_cpp.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         self._next[slot] = end
+
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Both sequences then hold the same cells."""
+        if self._next[slot] or not 0 < length <= self._next[source]:
+            raise BackendError(f"slot {slot} can't share {length} positions of {source}")
+        llama_cpp.llama_memory_seq_cp(self._memory, source, slot, 0, length)
+        self._next[slot] = length
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget the KV from position `length` on."""
@@ -193,7 +209,7 @@ class LlamaBackend:
         params.n_ctx = spec.context_length
         params.n_batch = BATCH_TOKENS
         params.n_ubatch = BATCH_TOKENS
-        params.n_seq_max = spec.slots + 1
+        params.n_seq_max = self._scratch + 1
         # One pool of cells for all sequences; ranges can only be copied within such a cache.
         params.kv_unified = True
         # Without it, exporting interleaved sequences is 20 times slower.

@@ -1,5 +1,6 @@
 """What the engine process needs of a model: the seam between scheduling and arithmetic."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ...protocol.base import Frozen
+from ..base import GenerateParams
 
 Logits = NDArray[np.float32]
 """Shape [vocabulary]; a view that is valid until the next `decode`."""
@@ -27,6 +29,7 @@ class EngineSpec(Frozen):
     slots: int = 16
     threads: int = 1
     gpu_layers: int = -1
+    prefix_cache: bool = False
     orphan_timeout_s: float = 300.0
     """Without a daemon for this long, the process ends by itself."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -55,13 +58,16 @@ class Sampler(Protocol):
 
 
 class Backend(Protocol):
-    """A model with a KV cache of `cells` tokens shared by `slots` sequences.
+    """A model with a KV cache of `cells` tokens, worked on by `slots` sequences at once.
+
+    Slots count from 0 to `slots + kept_slots`: as many more hold the KV of ended sequences.
 
     All methods but `tokenize` are called by one thread, the owner of the context.
     """
 
     cells: int
     slots: int
+    kept_slots: int
     batch_tokens: int
     cell_bytes: int
     """Bytes of KV per token, as exported; with what the format adds, at most."""
@@ -92,8 +98,8 @@ class Backend(Protocol):
         """The logits of a row of the last batch that was marked in `wants`."""
         ...
 
-    def sampler(self, params: dict[str, Any]) -> Sampler:
-        """A new sampler for the fields of GenerateParams."""
+    def sampler(self, params: GenerateParams, prompt: Sequence[int]) -> Sampler:
+        """A new sampler for a prompt. Raises RequestError."""
         ...
 
     def export_range(self, slot: int, start: int, end: int) -> bytearray:
@@ -104,6 +110,10 @@ class Backend(Protocol):
         """Append the KV of positions [start, end). Raises BackendError for a wrong blob."""
         ...
 
+    def share(self, source: int, slot: int, length: int) -> None:
+        """Give an empty sequence the first `length` positions of another, without a copy."""
+        ...
+
     def truncate(self, slot: int, length: int) -> None:
         """Keep the KV of the first `length` positions of a sequence; 0 forgets it."""
         ...
@@ -111,6 +121,14 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the model."""
         ...
+
+
+class RequestError(Exception):
+    """A request that can't be carried out, by its own fault. The message is for its author."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BackendError(Exception):

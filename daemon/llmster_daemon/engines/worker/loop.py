@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Backend, BackendError, Batch, Logits, Sampler
+from ..base import GenerateParams
+from .backend import Backend, BackendError, Batch, Logits, RequestError, Sampler
 from .kvport import KvReceiver, KvSender
 from .scheduler import Phase, Scheduler, Sequence, Step
 from .text import TextStream
@@ -39,6 +40,7 @@ class Work:
     sampler: Sampler | None = None
     sender: KvSender | None = None
     exported: int = 0
+    logprobs: int | None = None
     kv_bytes: int = 0
     handover_s: float | None = None
     recomputed: str | None = None
@@ -65,7 +67,9 @@ class EngineLoop:
         self._emit = emit
         self._clock = clock
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._scheduler = Scheduler(backend.cells, backend.slots, backend.batch_tokens)
+        self._scheduler = Scheduler(
+            backend.cells, backend.slots, backend.batch_tokens, backend.kept_slots
+        )
         self._work: dict[str, Work] = {}
         self._connecting: dict[str, tuple[KvSender, list[int]]] = {}
         self._receiver = receiver_for(self.post)
@@ -106,9 +110,11 @@ class EngineLoop:
         self._receiver.close()
 
     def stats(self) -> list[int]:
-        """Active and waiting sequences, and cells in use."""
+        """Active and waiting sequences, cells in use, and cells kept for prompts to come."""
         scheduler = self._scheduler
-        return [len(scheduler.resident), len(scheduler.waiting), scheduler.used_cells]
+        index = scheduler.index
+        kept = index.cells - index.active_cells
+        return [len(scheduler.resident), len(scheduler.waiting), scheduler.used_cells, kept]
 
     def _beat(self) -> None:
         """Show that the loop turns: a daemon kills an engine that hangs."""
@@ -139,15 +145,22 @@ class EngineLoop:
         except queue.Empty:
             return
 
-    def _generate(self, request_id: str, params: dict[str, Any], tokens: list[int]) -> None:
-        awaits_kv = bool(params.get("await_kv"))
+    def _generate(
+        self, request_id: str, params: GenerateParams, awaits_kv: bool, tokens: list[int]
+    ) -> None:
         work = self._add(request_id, tokens, awaits_kv)
         if work is None:
             return
-        if params.get("max_tokens") is not None:
-            work.max_total = min(work.max_total, len(tokens) + int(params["max_tokens"]))
-        work.text = TextStream(tuple(params.get("stop") or ()))
-        work.sampler = self._backend.sampler(params)
+        try:
+            work.sampler = self._backend.sampler(params, tokens)
+        except RequestError as error:
+            self._error(request_id, error.code, str(error), 400)
+            self._end(work)
+            return
+        if params.max_tokens is not None:
+            work.max_total = min(work.max_total, len(tokens) + params.max_tokens)
+        work.text = TextStream(params.stop)
+        work.logprobs = params.logprobs
         if work.max_total <= len(tokens):
             self._output(work, "", 0, "length")
             self._end(work)
@@ -222,7 +235,7 @@ class EngineLoop:
         self._scheduler.stop_awaiting(sequence)
         if sequence.computed == sequence.prompt_tokens:
             # All of the KV came, but not the logits: the last token has to be computed again.
-            sequence.computed -= 1
+            self._scheduler.compute_again(sequence, sequence.computed - 1)
             self._backend.truncate(sequence.slot, sequence.computed)
 
     def _kv_connected(self, request_id: str) -> None:
@@ -247,7 +260,7 @@ class EngineLoop:
         except BackendError as error:
             self._recompute(request_id, f"bad KV: {error}")
             return
-        sequence.computed = end
+        self._scheduler.received(sequence, end)
         work.kv_bytes += size
 
     def _kv_done(
@@ -275,7 +288,8 @@ class EngineLoop:
         work.handover_s = max(0.0, self._clock() - computed_at_s)
         self._scheduler.kv_arrived(sequence)
         out = self._sample(work, row.astype(np.float32, copy=False))
-        self._emit({"ev": "step", "out": [out], "stats": self.stats()})
+        if out is not None:
+            self._emit({"ev": "step", "out": [out], "stats": self.stats()})
 
     def _stop(self) -> None:
         self._cancel_all()
@@ -285,33 +299,37 @@ class EngineLoop:
 
     def _move(self, step: Step) -> None:
         for sequence in step.swap_out:
-            work = self._work[sequence.id]
             if sequence.computed:
-                work.saved = self._backend.export_range(sequence.slot, 0, sequence.computed)
+                blob = self._backend.export_range(sequence.slot, 0, sequence.computed)
+                self._work[sequence.id].saved = blob
                 self._backend.truncate(sequence.slot, 0)
             self._scheduler.swapped_out(sequence)
+        for move in step.moves:
+            if move.source is not None:
+                self._backend.share(move.source, move.slot, move.length)
+            elif move.restore is not None:
+                self._restore(move.restore, step)
+            else:
+                self._backend.truncate(move.slot, 0)
         for sequence in step.admitted:
             work = self._work[sequence.id]
             work.admitted_s = work.admitted_s or self._clock()
-            if not self._restore(work):
-                # Planned from where it was; the next step computes it from the start.
-                step.parts = [part for part in step.parts if part.sequence is not sequence]
             if sequence.phase is Phase.AWAITING:
                 self._reserve(work)
 
-    def _restore(self, work: Work) -> bool:
-        """Bring back the KV of a sequence that was swapped out; if False, it is computed again."""
+    def _restore(self, sequence: Sequence, step: Step) -> None:
+        """Bring back the KV of a sequence that was swapped out, or have it computed again."""
+        work = self._work[sequence.id]
         saved, work.saved = work.saved, None
-        if saved is None:
-            return True
-        sequence = work.sequence
         try:
+            if saved is None:
+                raise BackendError("nothing was saved")
             self._backend.import_range(sequence.slot, 0, sequence.computed, saved)
         except BackendError:
             self._backend.truncate(sequence.slot, 0)
-            self._scheduler.start_over(sequence)
-            return False
-        return True
+            self._scheduler.compute_again(sequence, 0)
+            # It was planned from where it was; the next step begins at its start.
+            step.parts = [part for part in step.parts if part.sequence is not sequence]
 
     def _reserve(self, work: Work) -> None:
         sequence = work.sequence
@@ -363,7 +381,9 @@ class EngineLoop:
             if work.sender is not None:
                 self._push(work, work.sender, logits)
             elif logits is not None:
-                out.append(self._sample(work, logits))
+                item = self._sample(work, logits)
+                if item is not None:
+                    out.append(item)
         if out:
             self._emit({"ev": "step", "out": out, "stats": self.stats()})
 
@@ -378,40 +398,73 @@ class EngineLoop:
             work.exported = sequence.computed
         if logits is not None:
             sender.push_done(logits.tobytes(), now)
-            # Its KV has left; the request itself ends when the other side has it.
-            self._backend.truncate(sequence.slot, 0)
+            # Its slot is free; the request itself ends when the other side has the KV.
             self._scheduler.remove(sequence)
 
-    def _sample(self, work: Work, logits: Logits) -> list[Any]:
-        """Choose the next token of a sequence, and end it if that was the last."""
+    def _sample(self, work: Work, logits: Logits) -> list[Any] | None:
+        """Choose the next token of a sequence, and end it if that was the last.
+
+        None if it can't have one: the request has then been refused.
+        """
         assert work.sampler is not None  # noqa: S101 - set for everything that generates
         sequence = work.sequence
-        token = work.sampler.sample(logits)
+        try:
+            token = work.sampler.sample(logits)
+        except RequestError as error:
+            self._error(sequence.id, error.code, str(error), 400)
+            self._end(work)
+            return None
         sequence.tokens.append(token)
         finish = None
         text = ""
+        logprob = None
         if self._backend.is_end(token):
             finish = "stop"
         else:
-            text = work.text.push(self._backend.piece(token))
+            piece = self._backend.piece(token)
+            if work.logprobs is not None:
+                logprob = self._logprob(token, piece, logits, work.logprobs)
+            text = work.text.push(piece)
             if work.text.stopped:
                 finish = "stop"
             elif len(sequence.tokens) >= work.max_total:
                 finish = "length"
         if finish is not None:
             text += work.text.finish()
-        out = self._item(work, text, 1, finish)
+        out = self._item(work, text, 1, finish, logprob)
         if finish is not None:
             self._end(work)
         return out
 
-    def _item(self, work: Work, text: str, tokens: int, finish: str | None) -> list[Any]:
-        """[id, text, tokens, finish], and on the first one what was before it."""
-        item: list[Any] = [work.sequence.id, text, tokens, finish]
+    def _logprob(self, token: int, piece: bytes, logits: Logits, count: int) -> list[Any]:
+        """[piece, log probability, alternatives], of the model's own distribution."""
+        highest = float(logits.max())
+        normaliser = highest + float(np.log(np.exp(logits - highest).sum()))
+        best = np.argpartition(logits, -count)[-count:] if count else np.empty(0, dtype=np.int64)
+        best = best[np.argsort(-logits[best])]
+        alternatives = [[self._backend.piece(int(i)), float(logits[i]) - normaliser] for i in best]
+        return [piece, float(logits[token]) - normaliser, alternatives]
+
+    def _item(
+        self,
+        work: Work,
+        text: str,
+        tokens: int,
+        finish: str | None,
+        logprob: list[Any] | None = None,
+    ) -> list[Any]:
+        """[id, text, tokens, finish, log probability], and on the first one what was before it."""
+        item: list[Any] = [work.sequence.id, text, tokens, finish, logprob]
         if work.first:
             work.first = False
             item.append(
-                [work.sequence.prompt_tokens, work.kv_bytes, work.handover_s, work.recomputed]
+                [
+                    work.sequence.prompt_tokens,
+                    work.kv_bytes,
+                    work.handover_s,
+                    work.recomputed,
+                    work.sequence.shared,
+                ]
             )
         return item
 
@@ -452,8 +505,6 @@ class EngineLoop:
             work.sender.abort()
         if work.sampler is not None:
             work.sampler.close()
-        if sequence.slot >= 0:
-            self._backend.truncate(sequence.slot, 0)
         self._scheduler.remove(sequence)
         del self._work[sequence.id]
 

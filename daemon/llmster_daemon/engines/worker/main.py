@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...protocol.base import Frozen
+from ..base import GenerateParams
 from .backend import Backend, BackendError, EngineSpec, LoadError
 from .ipc import Connection, FrameError, read_frame
 from .kvport import ACCEPT_RETRY_S, KvReceiver, KvSender
@@ -30,19 +31,9 @@ ORPHAN_CHECK_S = 1.0
 MIN_BODY_BYTES = 4 << 20
 
 
-class GenerateMessage(Frozen):
-    """The fields that the loop relies on; everything else in a message is ignored."""
+class GenerateMessage(GenerateParams):
+    """What the loop relies on; everything else in a message is ignored."""
 
-    prompt: str | None = None
-    tokens: list[int] | None = None
-    add_bos: bool = True
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    seed: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
     await_kv: bool = False
 
 
@@ -216,7 +207,7 @@ class Server:
             if tokens is None:
                 tokens = backend.tokenize(generate.prompt or "", generate.add_bos)
             if self._claim(request_id, connection):
-                loop.post("generate", request_id, generate.model_dump(exclude={"tokens"}), tokens)
+                loop.post("generate", request_id, generate, generate.await_kv, tokens)
         elif op == "prefill":
             prefill = PrefillMessage.model_validate(message)
             if self._claim(request_id, connection):

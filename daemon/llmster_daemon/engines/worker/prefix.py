@@ -9,7 +9,7 @@ least recently used first.
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 
 class _Node:
@@ -22,7 +22,7 @@ class _Node:
         self.tokens = tokens
         self.children: dict[int, list[_Node]] = {}
         """By first token; more than one where equal tokens were computed side by side."""
-        self.keys: set[Hashable] = set()
+        self.keys: set[int] = set()
         self.active = 0
         """How many of `keys` are active."""
 
@@ -36,11 +36,11 @@ class PrefixIndex:
         self.active_cells = 0
         """Those that some active sequence needs."""
         self._root = _Node(None, [])
-        self._tips: dict[Hashable, _Node] = {}
-        self._active: set[Hashable] = set()
-        self._kept: OrderedDict[Hashable, None] = OrderedDict()
+        self._tips: dict[int, _Node] = {}
+        self._active: set[int] = set()
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: int) -> bool:
         return key in self._tips
 
     @property
@@ -48,11 +48,11 @@ class PrefixIndex:
         """How many sequences are kept."""
         return len(self._kept)
 
-    def length(self, key: Hashable) -> int:
+    def length(self, key: int) -> int:
         """Tokens of a sequence that have KV."""
         return sum(len(node.tokens) for node in self._path(key))
 
-    def match(self, tokens: Sequence[int], limit: int) -> tuple[Hashable | None, int]:
+    def match(self, tokens: Sequence[int], limit: int) -> tuple[int | None, int]:
         """The sequence that shares the longest prefix with `tokens`, and how long that is.
 
         At most `limit` tokens. (None, 0) where nothing is shared.
@@ -74,7 +74,7 @@ class PrefixIndex:
             return None, 0
         return next(iter(node.keys)), length
 
-    def add(self, key: Hashable, source: Hashable | None = None, length: int = 0) -> None:
+    def add(self, key: int, source: int | None = None, length: int = 0) -> None:
         """A new active sequence, which shares the first `length` tokens of `source`."""
         if key in self._tips:
             raise ValueError(f"{key!r} is here already")
@@ -96,7 +96,7 @@ class PrefixIndex:
         for step in shared:
             self._join(step, key)
 
-    def extend(self, key: Hashable, tokens: Sequence[int]) -> None:
+    def extend(self, key: int, tokens: Sequence[int]) -> None:
         """An active sequence has got KV for further tokens."""
         if not tokens:
             return
@@ -112,7 +112,7 @@ class PrefixIndex:
         self.cells += len(tokens)
         self._join(node, key)
 
-    def truncate(self, key: Hashable, length: int) -> None:
+    def truncate(self, key: int, length: int) -> None:
         """Forget the KV of an active sequence from position `length` on."""
         tip, left = self._root, length
         for step in self._path(key):
@@ -127,7 +127,7 @@ class PrefixIndex:
             self._part(node, key)
         self._tips[key] = tip
 
-    def keep(self, key: Hashable) -> None:
+    def keep(self, key: int) -> None:
         """An active sequence is done; its KV stays until its room is needed."""
         path = self._path(key)
         self._active.discard(key)
@@ -135,7 +135,7 @@ class PrefixIndex:
         for node in path:
             self._count(node, -1)
 
-    def drop(self, key: Hashable) -> None:
+    def drop(self, key: int) -> None:
         """Forget a sequence, and the cells that only it had."""
         for node in reversed(self._path(key)):
             self._part(node, key)
@@ -143,11 +143,26 @@ class PrefixIndex:
         self._active.discard(key)
         self._kept.pop(key, None)
 
-    def oldest(self) -> Hashable | None:
+    def touch(self, key: int) -> None:
+        """A kept sequence was used just now."""
+        self._kept.move_to_end(key)
+
+    def idle_tokens(self, key: int, length: int) -> int:
+        """How many of a sequence's first `length` tokens no active sequence needs."""
+        idle, left = 0, length
+        for node in self._path(key):
+            run = min(left, len(node.tokens))
+            idle += 0 if node.active else run
+            left -= run
+            if left == 0:
+                break
+        return idle
+
+    def oldest(self) -> int | None:
         """The kept sequence that was used least recently."""
         return next(iter(self._kept), None)
 
-    def _path(self, key: Hashable) -> list[_Node]:
+    def _path(self, key: int) -> list[_Node]:
         """The nodes of a sequence, from the first tokens on; without the root."""
         nodes = []
         node = self._tips[key]
@@ -157,11 +172,11 @@ class PrefixIndex:
         nodes.reverse()
         return nodes
 
-    def _join(self, node: _Node, key: Hashable) -> None:
+    def _join(self, node: _Node, key: int) -> None:
         node.keys.add(key)
         self._count(node, 1)
 
-    def _part(self, node: _Node, key: Hashable) -> None:
+    def _part(self, node: _Node, key: int) -> None:
         """A sequence leaves a node; one that nobody uses any more is removed."""
         node.keys.discard(key)
         if key in self._active:

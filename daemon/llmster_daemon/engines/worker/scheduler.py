@@ -13,11 +13,18 @@ Rules:
   sequence always advances.
 - A sequence that awaits its KV from elsewhere holds cells for its whole prompt and is never
   swapped out.
+- With `kept_slots`, a sequence that has ended leaves its KV behind until the room is needed, and a
+  new prompt that begins like it shares those cells. Without, nothing is kept or shared.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+
+from .prefix import PrefixIndex
+
+MIN_SHARED_TOKENS = 8
+"""A shorter common prefix is not worth a slot's bookkeeping; chat templates begin alike."""
 
 
 class Phase(Enum):
@@ -43,13 +50,10 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     computed: int = 0
+    shared: int = 0
+    """Tokens whose KV was there already when it was first admitted."""
     stalled: bool = False
     """True while its KV leaves more slowly than it is computed."""
-
-    @property
-    def reserved_cells(self) -> int:
-        """Cells it holds: those in use, or the whole prompt while that is to come."""
-        return self.prompt_tokens if self.phase is Phase.AWAITING else self.computed
 
 
 @dataclass(slots=True)
@@ -63,26 +67,49 @@ class Part:
 
 
 @dataclass(slots=True)
+class Move:
+    """A change of what lies in a slot: shared from another, restored, or forgotten."""
+
+    slot: int
+    source: int | None = None
+    length: int = 0
+    restore: Sequence | None = None
+
+
+@dataclass(slots=True)
 class Step:
-    """What to do next. First `swap_out`, then `swap_in`, then compute `parts`."""
+    """What to do next, in this order: `swap_out`, `moves` one by one, then compute `parts`."""
 
     swap_out: list[Sequence] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
-    """Newly resident; those with `computed` > 0 were swapped out before and need their KV back."""
+    """Newly resident."""
     parts: list[Part] = field(default_factory=list)
 
 
 class Scheduler:
     """Holds the sequences of one engine. All lists are in order of arrival."""
 
-    def __init__(self, cells: int, slots: int, batch_tokens: int, shared_chunk: int = 128) -> None:
+    def __init__(
+        self,
+        cells: int,
+        slots: int,
+        batch_tokens: int,
+        kept_slots: int = 0,
+        shared_chunk: int = 128,
+    ) -> None:
         self.cells = cells
+        self.slots = slots
         self.batch_tokens = batch_tokens
         self.shared_chunk = shared_chunk
         """Prompt tokens per step while others generate: bounds how long those are held up."""
         self.waiting: list[Sequence] = []
         self.resident: list[Sequence] = []
-        self._free_slots = list(range(slots))
+        self.index = PrefixIndex()
+        """Whose KV lies where; its keys are slots."""
+        self._free_slots = list(range(slots + kept_slots))
+        self._moves: list[Move] = []
+        self._shares = kept_slots > 0
         self._order = 0
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -91,12 +118,12 @@ class Scheduler:
 
     @property
     def used_cells(self) -> int:
-        """Cells held by resident sequences."""
-        return sum(sequence.reserved_cells for sequence in self.resident)
+        """Cells that residents have KV in or hold for it. Kept KV does not count: it can go."""
+        return self.index.active_cells + self._reserved()
 
     @property
     def free_cells(self) -> int:
-        """Cells nobody holds."""
+        """Cells that no resident needs."""
         return self.cells - self.used_cells
 
     def add(self, request_id: str, tokens: list[int], awaits_kv: bool = False) -> Sequence:
@@ -109,12 +136,18 @@ class Scheduler:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """End a sequence, wherever it is. Its slot and cells are free at once."""
+        """End a sequence, wherever it is. Its KV is kept for prompts that begin alike."""
         if sequence.phase is Phase.GONE:
             return
         if sequence.slot >= 0:
             self.resident.remove(sequence)
-            self._release(sequence)
+            worth = sequence.computed >= MIN_SHARED_TOKENS
+            if self._shares and worth and sequence.phase is not Phase.AWAITING:
+                self.index.keep(sequence.slot)
+                sequence.slot = -1
+            else:
+                self._forget(sequence.slot)
+                sequence.slot = -1
         else:
             self.waiting.remove(sequence)
         sequence.phase = Phase.GONE
@@ -130,9 +163,15 @@ class Scheduler:
         sequence.awaits_kv = False
         sequence.phase = Phase.RUNNING
 
-    def start_over(self, sequence: Sequence) -> None:
-        """The KV of a resident sequence is lost: compute it again."""
-        sequence.computed = 0
+    def received(self, sequence: Sequence, end: int) -> None:
+        """Awaited KV has come, up to position `end`."""
+        self.index.extend(sequence.slot, sequence.tokens[sequence.computed : end])
+        sequence.computed = end
+
+    def compute_again(self, sequence: Sequence, start: int) -> None:
+        """The KV of a resident sequence is lost from position `start` on."""
+        self.index.truncate(sequence.slot, start)
+        sequence.computed = start
         sequence.phase = Phase.PREFILLING
 
     def plan(self) -> Step:
@@ -159,12 +198,16 @@ class Scheduler:
             step.parts.append(Part(sequence, sequence.computed, count, count == missing))
             budget -= count
             free -= count
+        self._evict(sum(part.count for part in step.parts))
+        step.moves, self._moves = self._moves, []
         return step
 
     def advance(self, part: Part) -> None:
         """A part of the plan was computed."""
         sequence = part.sequence
-        sequence.computed = part.start + part.count
+        end = part.start + part.count
+        self.index.extend(sequence.slot, sequence.tokens[part.start : end])
+        sequence.computed = end
         if sequence.computed == len(sequence.tokens):
             sequence.phase = Phase.RUNNING
 
@@ -187,32 +230,35 @@ class Scheduler:
     def _swap_out(self, sequence: Sequence, step: Step) -> None:
         self.resident.remove(sequence)
         step.swap_out.append(sequence)
-        # The slot is free for others only from the next plan on: its KV still lies there.
+        self.index.drop(sequence.slot)
         sequence.phase = Phase.WAITING
         at = next((i for i, s in enumerate(self.waiting) if s.order > sequence.order), None)
         self.waiting.insert(len(self.waiting) if at is None else at, sequence)
 
     def swapped_out(self, sequence: Sequence) -> None:
-        """The KV of a sequence in `swap_out` is saved (or forgotten, `computed` = 0)."""
-        self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
+        """The KV of a sequence in `swap_out` is saved, and gone from its slot."""
+        # Not before: until then the slot must not be given to another.
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
 
     def _admit(self, step: Step) -> None:
         if step.swap_out:
             return
-        while self.waiting and self._free_slots:
+        while self.waiting and len(self.resident) < self.slots:
             sequence = self.waiting[0]
-            residents = len(self.resident)
+            source, shared = self._shareable(sequence)
+            # Shared cells of ended sequences become needed again; those in use cost nothing.
+            cells = len(sequence.tokens) - shared
+            if source is not None:
+                cells += self.index.idle_tokens(source, shared)
             # Room for the whole of it, and for everyone to grow a little: without that, the
             # sequence would be swapped out again at once.
+            residents = len(self.resident)
             growth = 1 + 16 * residents if residents else 0
-            if len(sequence.tokens) + growth > self.free_cells - self._promised():
+            if cells + growth > self.free_cells - self._promised():
                 return
             self.waiting.pop(0)
-            sequence.slot = self._free_slots.pop()
+            self._take_slot(sequence, source, shared)
             if sequence.awaits_kv:
                 sequence.phase = Phase.AWAITING
             elif sequence.computed == len(sequence.tokens) - 1 >= sequence.prompt_tokens:
@@ -225,6 +271,56 @@ class Scheduler:
             )
             self.resident.insert(at, sequence)
             step.admitted.append(sequence)
+
+    def _shareable(self, sequence: Sequence) -> tuple[int | None, int]:
+        """The slot whose KV a prompt can begin with, and for how many tokens."""
+        if not self._shares or sequence.awaits_kv or sequence.computed:
+            return None, 0
+        # The last token is always computed: its logits are needed.
+        source, shared = self.index.match(sequence.tokens, len(sequence.tokens) - 1)
+        if shared < MIN_SHARED_TOKENS:
+            return None, 0
+        return source, shared
+
+    def _take_slot(self, sequence: Sequence, source: int | None, shared: int) -> None:
+        if not self._free_slots:
+            if source == self.index.oldest() and self.index.kept == 1:
+                # The only slot that can be freed is the one to share with.
+                source, shared = None, 0
+            self._forget_oldest(spare=source)
+        slot = self._free_slots.pop()
+        sequence.slot = slot
+        self.index.add(slot, source, shared)
+        if source is not None:
+            sequence.computed = sequence.shared = shared
+            self._moves.append(Move(slot, source, shared))
+        elif sequence.computed:
+            self._evict(sequence.computed)
+            self.index.extend(slot, sequence.tokens[: sequence.computed])
+            self._moves.append(Move(slot, restore=sequence))
+
+    def _evict(self, cells: int) -> None:
+        """Forget kept KV until `cells` more fit beside all that lies in the cache."""
+        while self.index.cells + self._reserved() + cells > self.cells and self.index.kept:
+            self._forget_oldest(spare=None)
+
+    def _forget_oldest(self, spare: int | None) -> None:
+        """Forget the least recently used kept sequence. `spare` was used just now, so is last."""
+        oldest = self.index.oldest()
+        if oldest == spare and oldest is not None:
+            self.index.touch(oldest)
+            oldest = self.index.oldest()
+        assert oldest is not None  # noqa: S101 - callers know that something is kept
+        self._forget(oldest)
+
+    def _forget(self, slot: int) -> None:
+        self.index.drop(slot)
+        self._free_slots.append(slot)
+        self._moves.append(Move(slot))
+
+    def _reserved(self) -> int:
+        """Cells held for awaited KV that has not come yet."""
+        return sum(s.prompt_tokens - s.computed for s in self.resident if s.phase is Phase.AWAITING)
 
     def _promised(self) -> int:
         """Cells that admitted prompts will still take."""
