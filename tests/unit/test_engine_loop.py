@@ -135,7 +135,7 @@ class Harness:
         self._thread.join(LIMIT_S)
         assert self.error is None
         assert not self._thread.is_alive()
-        assert self.loop.stats() == [0, 0, 0]
+        assert self.loop.stats() == [0, 0, 0, 0]
         assert not any(self.backend._kv), "KV of nobody"
 
     def until(self, condition: Callable[[], Any], what: str) -> None:
@@ -148,8 +148,8 @@ class Harness:
     def generate(
         self, request_id: str, tokens: list[int], count: int, await_kv: bool = False
     ) -> None:
-        params = GenerateParams(temperature=0, max_tokens=count).model_dump()
-        self.loop.post("generate", request_id, {**params, "await_kv": await_kv}, tokens)
+        params = GenerateParams(temperature=0, max_tokens=count)
+        self.loop.post("generate", request_id, params, await_kv, tokens)
 
     def items(self, request_id: str) -> list[list[Any]]:
         steps = [event for event in list(self.events) if event["ev"] == "step"]
@@ -279,7 +279,7 @@ def test_a_reservation_to_which_nobody_comes_is_computed_here_after_a_while(
     harness.until(lambda: harness.of("reserved"), "a slot")
     harness.now_s += module.RESERVATION_TIMEOUT_S - 0.1
     harness.wake()
-    harness.until(lambda: harness.of("beat")[-1]["stats"] == [1, 0, len(ONE)], "it is held")
+    harness.until(lambda: harness.of("beat")[-1]["stats"] == [1, 0, len(ONE), 0], "it is held")
     assert not harness.items("r")
     harness.now_s += 0.2
     harness.wake()
@@ -298,7 +298,7 @@ def test_a_reservation_to_which_someone_came_is_kept(harness: Harness) -> None:
     harness.wake()
     harness.until(lambda: len(harness.of("beat")) > beats, "it turns")
     harness.loop.post("cancel", "r")
-    harness.until(lambda: harness.loop.stats() == [0, 0, 0], "it is freed")
+    harness.until(lambda: harness.loop.stats() == [0, 0, 0, 0], "it is freed")
     assert not harness.items("r")
 
 
@@ -310,7 +310,7 @@ def test_the_loop_shows_once_a_second_that_it_turns(harness: Harness) -> None:
     harness.now_s += module.BEAT_S
     harness.wake()
     harness.until(lambda: len(harness.of("beat")) == 2, "a second beat")
-    assert harness.of("beat")[-1]["stats"] == [0, 0, 0]
+    assert harness.of("beat")[-1]["stats"] == [0, 0, 0, 0]
 
 
 def test_a_prompt_waits_while_its_kv_leaves_more_slowly_than_it_is_computed(
