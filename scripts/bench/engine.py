@@ -3,8 +3,8 @@
     python scripts/bench/engine.py [--model FILE.gguf] [--repeat 3] [--json FILE]
 
 Needs `pip install xllamacpp`. Without --model: a Q4_0 copy of the sample model, since its own Q4_1
-hardly gains from batching on a CPU. Same model file, threads, slots and context on both sides; the sides
-take turns within each measurement, and medians are shown. The machine's noise hits both alike.
+hardly gains from batching on a CPU. Same model file, threads, slots and context on both sides; the
+sides take turns within each measurement, and medians are shown. Noise hits both alike.
 """
 
 import argparse

@@ -241,8 +241,8 @@ def test_only_the_last_token_is_computed_when_the_kv_came_but_not_the_logits(
     assert harness.text("r") == alone
     assert harness.backend.rows == [1] * 10
     kv_bytes = BYTES_PER_TOKEN * len(TWO)
-    first = harness.items("r")[0][4]
-    assert first == [len(TWO), kv_bytes, None, "the peer closed the connection"]
+    first = harness.items("r")[0][5]
+    assert first == [len(TWO), kv_bytes, None, "the peer closed the connection", 0]
     assert harness.receiver.forgotten == ["r"]
 
 
@@ -267,7 +267,7 @@ def test_kv_that_comes_after_it_was_called_off_is_ignored(harness: Harness) -> N
     harness.loop.post("kv_done", "r", bytearray(257 * 4), 0.0, replies.append)
     harness.loop.post("kv_failed", "r", "cut")
     assert harness.text("r") == alone
-    assert harness.items("r")[0][4][3] == "too slow"
+    assert harness.items("r")[0][5][3] == "too slow"
     assert released == [True]
     assert replies == ["the request is gone"]
 
@@ -284,7 +284,7 @@ def test_a_reservation_to_which_nobody_comes_is_computed_here_after_a_while(
     harness.now_s += 0.2
     harness.wake()
     harness.text("r")
-    assert harness.items("r")[0][4][3] == "the prefill node sent nothing"
+    assert harness.items("r")[0][5][3] == "the prefill node sent nothing"
 
 
 def test_a_reservation_to_which_someone_came_is_kept(harness: Harness) -> None:

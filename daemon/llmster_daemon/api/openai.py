@@ -1,5 +1,6 @@
 """OpenAI's API on a node: models, chat completions, completions."""
 
+import asyncio
 import json
 import secrets
 import time
@@ -8,15 +9,31 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from ..engines.base import GenerateParams
+from ..engines.base import GenerateParams, TokenLogprob
 from ..errors import BadRequest, LlmsterError, unknown_model
 from ..node import Node
 from ..protocol.node import ServePlan
 from ..protocol.openai import ChatRequest, CompletionRequest, GenerationRequest
 from ..serving import Answer, Job
+from ..structured import grammar_of
 from . import relay
 from .http import PLAN, PREFER, ROUTE, error_response, parse, read_body, sse_error, until_gone
 from .stream import BodyStream
+
+PASSED_ON = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_tokens",
+    "frequency_penalty",
+    "presence_penalty",
+    "repeat_penalty",
+    "grammar",
+)
+"""Fields that engines take under the same name."""
+BLAMED = {"bad_grammar": "grammar", "bad_bias": "logit_bias"}
+"""What is wrong with a request, by the engine's code."""
 
 
 def router(node: Node) -> APIRouter:
@@ -106,8 +123,8 @@ async def _serve(
         answer = await until_gone(request, node.serving.start(job, instance))
     except LlmsterError as error:
         if error.status == 400:
-            # All that an engine can find wrong with a request is its prompt.
-            error.param = "messages" if chat else "prompt"
+            # What else an engine can find wrong with a request is its prompt.
+            error.param = BLAMED.get(error.code, "messages" if chat else "prompt")
             error.hint = error.hint or "docs/api.md says what a prompt can be"
         raise
     headers = {ROUTE: answer.route_header(), "cache-control": "no-store"}
@@ -129,11 +146,11 @@ async def _params(
     node: Node, asked: ChatRequest | CompletionRequest, model: str, digest: str
 ) -> GenerateParams:
     fields: dict[str, Any] = {
-        name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens")
-        if (value := getattr(asked, name)) is not None
+        name: value for name in PASSED_ON if (value := getattr(asked, name)) is not None
     }
     fields["stop"] = asked.stops()
+    fields["logprobs"] = asked.alternatives()
+    fields["logit_bias"] = asked.biases()
     fields["seed"] = asked.seed if asked.seed is not None else secrets.randbits(32)
     if isinstance(asked, CompletionRequest):
         if isinstance(asked.prompt, str):
@@ -143,6 +160,9 @@ async def _params(
         return GenerateParams(**fields)
     if asked.max_completion_tokens is not None:
         fields["max_tokens"] = asked.max_completion_tokens
+    if asked.response_format is not None:
+        grammar = await asyncio.to_thread(grammar_of, asked.response_format)
+        fields["grammar"] = grammar or asked.grammar
     prompt, add_bos = await node.render(model, digest, [m.plain() for m in asked.messages])
     return GenerateParams(prompt=prompt, add_bos=add_bos, **fields)
 
@@ -153,21 +173,53 @@ def _names(answer: Answer, chat: bool) -> tuple[str, str, int]:
     return f"{prefix}-{answer.job.request_id}", object_name, int(time.time())
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: Answer) -> dict[str, Any]:
     prompt, completion = answer.generation.prompt_tokens, answer.generation.completion_tokens
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": answer.generation.cached_tokens},
     }
+
+
+def _logprobs(found: list[TokenLogprob], chat: bool) -> dict[str, Any] | None:
+    """Log probabilities in OpenAI's two shapes; None where none were asked for."""
+    if not found:
+        return None
+
+    def entry(piece: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": _text(piece), "logprob": logprob, "bytes": list(piece)}
+
+    if chat:
+        return {
+            "content": [
+                {**entry(t.piece, t.logprob), "top_logprobs": [entry(*a) for a in t.alternatives]}
+                for t in found
+            ],
+            "refusal": None,
+        }
+    return {
+        "tokens": [_text(t.piece) for t in found],
+        "token_logprobs": [t.logprob for t in found],
+        "top_logprobs": [{_text(piece): lp for piece, lp in t.alternatives} for t in found],
+        "text_offset": None,
+    }
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
 
 
 async def _whole(answer: Answer, chat: bool, headers: dict[str, str]) -> Response:
     texts = []
     finish = None
+    found: list[TokenLogprob] = []
     async for chunk in answer.chunks():
         texts.append(chunk.text)
         finish = chunk.finish
+        if chunk.logprob is not None:
+            found.append(chunk.logprob)
     text = "".join(texts)
     completion_id, object_name, created = _names(answer, chat)
     content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
@@ -176,7 +228,9 @@ async def _whole(answer: Answer, chat: bool, headers: dict[str, str]) -> Respons
         "object": object_name,
         "created": created,
         "model": answer.job.model,
-        "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish}],
+        "choices": [
+            {"index": 0, **content, "logprobs": _logprobs(found, chat), "finish_reason": finish}
+        ],
         "usage": _usage(answer),
     }
     headers["content-type"] = "application/json"
@@ -200,7 +254,11 @@ async def _events(answer: Answer, chat: bool, with_usage: bool) -> AsyncIterator
         yield f'{head}{role}"finish_reason":null}}]{usage_null}}}\n\n'.encode()
     try:
         async for chunk in answer.chunks():
-            if chunk.text:
+            if chunk.logprob is not None:
+                logprobs = json.dumps(_logprobs([chunk.logprob], chat))
+                with_logprobs = after.replace('"logprobs":null', f'"logprobs":{logprobs}')
+                yield (before + json.dumps(chunk.text) + with_logprobs).encode()
+            elif chunk.text:
                 yield (before + json.dumps(chunk.text) + after).encode()
             if chunk.finish is not None:
                 empty = '"delta":{}' if chat else '"text":""'

@@ -93,9 +93,9 @@ class LoadOptions(Frozen):
     gpu_layers: int = Field(default=-1, ge=-1)
     """Layers to offload; -1 is all of them, where there is a GPU."""
     prefix_cache: bool = False
-    """Keep the KV of ended requests, for prompts that begin alike. Their first token then comes much
-    sooner, but sums are formed in another order than without, so that a near tie between two tokens
-    can fall the other way."""
+    """Keep the KV of ended requests, for prompts that begin alike. Their first token then comes
+    much sooner, but sums are formed in another order than without, so that a near tie between two
+    tokens can fall the other way."""
 
 
 class RouteRecord(Frozen):

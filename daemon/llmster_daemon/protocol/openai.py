@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_GRAMMAR_CHARS = 64 << 10
 INT32_END = 1 << 31
 """Engines count in 32 bits."""
 
@@ -47,6 +50,7 @@ class StreamOptions(_Request):
     include_usage: bool = False
 
 
+TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
@@ -64,9 +68,14 @@ class GenerationRequest(_Request):
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repeat_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=MAX_BIASES
+    )
+    grammar: str | None = Field(default=None, max_length=MAX_GRAMMAR_CHARS)
+    """GBNF, as llama-server takes it."""
 
     def stops(self) -> tuple[str, ...]:
         """Stop strings as a tuple."""
@@ -76,12 +85,15 @@ class GenerationRequest(_Request):
 
     def unsupported(self) -> str | None:
         """The name of a field that asks for something that is not served, if there is one."""
-        if self.n not in (None, 1):
-            return "n"
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, name):
-                return name
+        return "n" if self.n not in (None, 1) else None
+
+    def alternatives(self) -> int | None:
+        """How many alternatives to tell beside log probabilities; None: no log probabilities."""
         return None
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias` as pairs of token and bias."""
+        return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
 
 
 class ChatRequest(GenerationRequest):
@@ -92,14 +104,15 @@ class ChatRequest(GenerationRequest):
     tools: list[Any] | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     def unsupported(self) -> str | None:
         """As above."""
-        if self.tools:
-            return "tools"
-        if self.response_format and self.response_format.get("type") != "text":
-            return "response_format"
-        return "logprobs" if self.logprobs else super().unsupported()
+        return "tools" if self.tools else super().unsupported()
+
+    def alternatives(self) -> int | None:
+        """As above."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(GenerationRequest):
@@ -109,13 +122,17 @@ class CompletionRequest(GenerationRequest):
     suffix: str | None = None
     echo: bool | None = None
     best_of: int | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    def alternatives(self) -> int | None:
+        """As above."""
+        return self.logprobs
 
     def unsupported(self) -> str | None:
         """As above."""
         if self.best_of not in (None, 1):
             return "best_of"
-        for name in ("suffix", "echo", "logprobs"):
+        for name in ("suffix", "echo"):
             if getattr(self, name):
                 return name
         return super().unsupported()

@@ -138,7 +138,7 @@ class LlamaBackend:
         if params.greedy:
             return GreedySampler()
         if any(not self.valid(token) for token, _ in params.logit_bias):
-            raise RequestError("bad_tokens", "logit_bias names a token that does not exist")
+            raise RequestError("bad_bias", "logit_bias names a token that does not exist")
         return ChainSampler(self._vocab, self._candidates, params, prompt)
 
     def export_range(self, slot: int, start: int, end: int) -> bytearray:
