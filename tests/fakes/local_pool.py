@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,10 +21,9 @@ CLI = [sys.executable, "-m", "llmster_tui.cli"]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now, in a row."""
+    """Ports that are free now, in a row, below those that outgoing connections get."""
     for _ in range(100):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            start = probe.getsockname()[1]
+        start = random.randrange(20_000, 32_000)
         with contextlib.ExitStack() as held:
             try:
                 for port in range(start, start + count):

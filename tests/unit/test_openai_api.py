@@ -121,6 +121,7 @@ def test_a_whole_chat_answer(node: LiveNode) -> None:
             "prompt_tokens": len(PROMPT),
             "completion_tokens": 12,
             "total_tokens": len(PROMPT) + 12,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
     }
 
@@ -134,7 +135,12 @@ def test_a_whole_text_answer(node: LiveNode) -> None:
     assert result["choices"] == [
         {"index": 0, "text": words, "logprobs": None, "finish_reason": "length"}
     ]
-    assert result["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert result["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 12,
+        "total_tokens": 17,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_a_streamed_chat_answer(node: LiveNode) -> None:

@@ -125,12 +125,12 @@ BAD: list[tuple[str, bytes | dict[str, Any], str, str | None]] = [
     (CHAT, chat(n="2"), "invalid_value", "n"),
     (CHAT, chat(tools=[{"type": "function"}]), "unsupported_parameter", "tools"),
     (CHAT, chat(tools="all"), "invalid_value", "tools"),
-    (CHAT, chat(response_format={"type": "json_object"}), "unsupported_parameter",
+    (CHAT, chat(response_format={"type": "yaml"}), "bad_schema",
      "response_format"),
-    (CHAT, chat(logprobs=True), "unsupported_parameter", "logprobs"),
-    (CHAT, chat(frequency_penalty=0.5), "unsupported_parameter", "frequency_penalty"),
-    (CHAT, chat(presence_penalty=0.5), "unsupported_parameter", "presence_penalty"),
-    (CHAT, chat(logit_bias={"5": 1}), "unsupported_parameter", "logit_bias"),
+    (CHAT, chat(top_logprobs=50), "invalid_value", "top_logprobs"),
+    (CHAT, chat(frequency_penalty=2.5), "invalid_value", "frequency_penalty"),
+    (CHAT, chat(presence_penalty=-3.0), "invalid_value", "presence_penalty"),
+    (CHAT, chat(logit_bias={"5": 500}), "invalid_value", "logit_bias.5"),
     (CHAT, said("x" * CONTEXT), "context_length_exceeded", "messages"),
     (TEXT, without("prompt", text()), "missing_field", "prompt"),
     (TEXT, text(prompt=None), "invalid_value", "prompt"),
@@ -146,7 +146,7 @@ BAD: list[tuple[str, bytes | dict[str, Any], str, str | None]] = [
     (TEXT, text(best_of=2), "unsupported_parameter", "best_of"),
     (TEXT, text(echo=True), "unsupported_parameter", "echo"),
     (TEXT, text(suffix="end"), "unsupported_parameter", "suffix"),
-    (TEXT, text(logprobs=3), "unsupported_parameter", "logprobs"),
+    (TEXT, text(logprobs=300), "invalid_value", "logprobs"),
     (TEXT, text(n=3), "unsupported_parameter", "n"),
 ]  # fmt: skip
 
@@ -182,6 +182,7 @@ def test_a_context_overflow_says_by_how_much(node: LiveNode) -> None:
         "prompt_tokens": CONTEXT - 1,
         "completion_tokens": 1,
         "total_tokens": CONTEXT,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -1,6 +1,8 @@
 """`llmster demo`: the same prompts colocated and split, side by side, on a throw-away pool."""
 
 import asyncio
+import contextlib
+import random
 import shutil
 import socket
 import tempfile
@@ -98,18 +100,14 @@ async def _route(pool: PoolClient, request_id: str) -> RouteRecord:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free now, in a row."""
+    """Ports that are free now, in a row, below those that outgoing connections get."""
     for _ in range(50):
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            start = first.getsockname()[1]
-        held: list[socket.socket] = []
-        try:
-            ports = range(start, start + count)
-            held.extend(socket.create_server(("127.0.0.1", port)) for port in ports)
-        except OSError:
-            continue
-        finally:
-            for sock in held:
-                sock.close()
+        start = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(start, start + count):
+                    held.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
         return list(range(start, start + count))
     raise LlmsterError("no_free_ports", "no free ports in a row were found", "try again")
