@@ -9,7 +9,7 @@ from llmster_daemon.engines.local import LocalEngine
 
 NewProcess = Callable[..., EngineProcess]
 
-SHARED = {"context_length": 1024, "slots": 8}
+SHARED = {"context_length": 4096, "slots": 8}
 # A step takes some time, as a model's does, and no answer ends before it is told to.
 FAKE_OPTIONS = {"step_s": 0.002, "answer": 1 << 30}
 
@@ -56,11 +56,10 @@ def small_process(new_process: NewProcess) -> Iterator[EngineProcess]:
 
 
 async def connected(process: EngineProcess) -> AsyncIterator[LocalEngine]:
-    engine = await process.connect()
-    yield engine
-    await idle(engine)
-    assert process.running
-    await engine.close()
+    async with process.connection() as engine:
+        yield engine
+        await idle(engine)
+        assert process.running
 
 
 @pytest.fixture

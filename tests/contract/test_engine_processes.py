@@ -52,12 +52,11 @@ async def test_a_daemon_that_goes_takes_its_requests_along_and_no_others(
     prompt = weekdays(0, 14)
     expected = await ask(decode, prompt=prompt, max_tokens=20)
     kept = await decode.generate(new_id(), greedy(prompt=prompt, max_tokens=20))
-    other = await decode_process.connect()
-    for _ in range(3):
-        generation = await other.generate(new_id(), greedy(prompt=prompt, max_tokens=900))
-        await anext(generation.chunks)
-    await other.expect(new_id(), greedy(prompt=prompt))
-    await other.close()
+    async with decode_process.connection() as other:
+        for _ in range(3):
+            generation = await other.generate(new_id(), greedy(prompt=prompt, max_tokens=900))
+            await anext(generation.chunks)
+        await other.expect(new_id(), greedy(prompt=prompt))
     assert text_of(await collect(kept)) == expected
     await idle(decode)
 
@@ -90,24 +89,25 @@ async def test_a_daemon_that_comes_back_is_told_the_state_and_served(
     decode_process: EngineProcess,
 ) -> None:
     for _ in range(3):
-        engine = await decode_process.connect()
-        assert (engine.status.context_length, engine.status.slots) == (1024, 8)
-        assert engine.status.kv_port > 0
-        assert await ask(engine, prompt=weekdays(0, 7), max_tokens=2)
-        await engine.close()
+        async with decode_process.connection() as engine:
+            assert (engine.status.context_length, engine.status.slots) == (4096, 8)
+            assert engine.status.kv_port > 0
+            assert await ask(engine, prompt=weekdays(0, 7), max_tokens=2)
 
 
 async def test_each_daemon_hears_only_of_its_own_requests(
     decode: LocalEngine, decode_process: EngineProcess
 ) -> None:
-    other = await decode_process.connect()
     prompts = [weekdays(first, 14) for first in range(2)]
     alone = [await ask(decode, prompt=prompt, max_tokens=6) for prompt in prompts]
-    both = await asyncio.gather(
-        ask(decode, prompt=prompts[0], max_tokens=6), ask(other, prompt=prompts[1], max_tokens=6)
-    )
+    async with decode_process.connection() as other:
+        both = await asyncio.gather(
+            *[
+                ask(engine, prompt=prompt, max_tokens=6)
+                for engine, prompt in zip((decode, other), prompts, strict=True)
+            ]
+        )
     assert both == alone
-    await other.close()
 
 
 async def test_only_the_user_of_the_daemon_may_connect(decode_process: EngineProcess) -> None:
@@ -172,10 +172,8 @@ async def test_a_killed_engine_fails_what_it_worked_on_at_once(new_process: NewP
         for generation in [*generations, awaited]:
             with pytest.raises(EngineLost):
                 await collect(generation)
-        with pytest.raises(EngineLost):
-            await hand_over.start(tokens=tokens)
-            await hand_over.prefilled()
-            raise await hand_over.prefilled()  # type: ignore[misc]
+        await hand_over.start(tokens=tokens)
+        assert isinstance(await hand_over.prefilled(), EngineLost)
         assert time.monotonic() - killed_at < LOST_LIMIT_S
         assert process.lost == 1
         assert await process.exit_code() == -signal.SIGKILL
@@ -227,8 +225,9 @@ async def test_an_engine_ignores_the_terminals_interrupt(fake: NewProcess) -> No
 
 async def test_an_engine_without_a_daemon_ends_by_itself(new_process: NewProcess) -> None:
     async with new_process(orphan_timeout_s=0.2) as process:
-        await asyncio.sleep(1.5)  # longer than it would live alone
-        assert process.running
+        begun = time.monotonic()
+        # It lives longer than it would alone.
+        await until(lambda: process.engine.last_event_s > begun + 1.2, "a sign of life")
         await process.engine.close()
         assert await process.exit_code() == 0
 
@@ -236,9 +235,8 @@ async def test_an_engine_without_a_daemon_ends_by_itself(new_process: NewProcess
 async def test_an_engine_that_a_daemon_comes_back_to_does_not_end(fake: NewProcess) -> None:
     async with fake(orphan_timeout_s=5) as process:
         await process.engine.close()
-        engine = await process.connect()
-        assert await ask(engine, prompt="a", max_tokens=3)
-        await engine.close()
+        async with process.connection() as engine:
+            assert await ask(engine, prompt="a", max_tokens=3)
 
 
 async def test_an_engine_out_of_file_descriptors_recovers(fake: NewProcess) -> None:
@@ -261,9 +259,8 @@ async def test_an_engine_out_of_file_descriptors_recovers(fake: NewProcess) -> N
         await hand_over.start(prompt="a b c", max_tokens=3)
         await hand_over.text()
         assert hand_over.generation.recomputed is None
-        again = await process.connect()
-        assert await ask(again, prompt="a", max_tokens=3)
-        await again.close()
+        async with process.connection() as again:
+            assert await ask(again, prompt="a", max_tokens=3)
 
 
 # They can't begin

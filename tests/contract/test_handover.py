@@ -323,7 +323,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_reserved
     decode: LocalEngine,
 ) -> None:
     with pytest.raises(ContextOverflow):
-        await decode.expect(new_id(), greedy(tokens=[40] * 2000))
+        await decode.expect(new_id(), greedy(tokens=[40] * 5000))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -211,6 +211,15 @@ class EngineProcess:
             await ready.wait()
         assert not engine.lost, f"the engine process ended: {self.log}"
         return engine
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[LocalEngine]:
+        """Another connection, for as long as the context lasts."""
+        engine = await self.connect()
+        try:
+            yield engine
+        finally:
+            await engine.close()
 
     async def exit_code(self, limit_s: float = EXIT_LIMIT_S) -> int:
         """Wait for the process to end by itself; minus the signal's number if one ended it."""

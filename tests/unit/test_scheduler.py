@@ -177,7 +177,7 @@ def test_a_stalled_prompt_does_not_hold_others_up() -> None:
     add(scheduler, "other", 3)
     compute(scheduler)
     stalled.stalled = True
-    assert parts(compute(scheduler)) == [("other", 0, 3, True)]
+    assert parts(compute(scheduler)) == [("other", 2, 1, True)]
     stalled.stalled = False
     assert parts(compute(scheduler)) == [("other", 3, 1, True), ("stalled", 4, 3, False)]
 
@@ -191,3 +191,25 @@ def test_removing_twice_frees_a_slot_once() -> None:
     first, second = add(scheduler, "b", 5), add(scheduler, "c", 5)
     compute(scheduler)
     assert (first.slot, second.slot) == (0, -1)
+
+
+def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
+    scheduler = Scheduler(cells=1000, slots=4, batch_tokens=16)
+    add(scheduler, "long", 400)
+    compute(scheduler)
+    add(scheduler, "longer", 500)
+    add(scheduler, "short", 5)
+    assert parts(compute(scheduler)) == [
+        ("long", 16, 11, False),
+        ("short", 0, 5, True),
+    ]
+
+
+def test_a_long_prompt_advances_beside_any_number_of_short_ones() -> None:
+    scheduler = Scheduler(cells=1000, slots=4, batch_tokens=16, shared_chunk=16)
+    long = add(scheduler, "long", 100)
+    for number in range(12):
+        add(scheduler, f"short {number}", 16)
+        before = long.computed
+        compute(scheduler)
+        assert long.computed > before

@@ -13,6 +13,9 @@ from ..worker.backend import Logits, RequestError
 MIROSTAT_M = 100
 """Candidates that mirostat 1 estimates from; the value of its paper."""
 
+MAX_GRAMMAR_DEPTH = 2000
+"""llama.cpp's parser calls itself for every group; ten times as many overflow the stack."""
+
 
 class Candidates:
     """The vocabulary as llama.cpp's samplers take it; one buffer, used by one row at a time."""
@@ -79,6 +82,8 @@ class ChainSampler:
         self._candidates = candidates
         self._grammar = None
         if params.grammar is not None:
+            if _depth(params.grammar) > MAX_GRAMMAR_DEPTH:
+                raise RequestError("bad_grammar", "the grammar's groups are nested too deeply")
             # A failed grammar is a NULL pointer object, which is false but not None.
             grammar = llama_cpp.llama_sampler_init_grammar(vocab, params.grammar.encode(), b"root")
             if not grammar:
@@ -125,6 +130,15 @@ class ChainSampler:
         self._candidates.only(token)
         llama_cpp.llama_sampler_apply(self._grammar, self._candidates.pointer)
         return bool(np.isfinite(self._candidates.rows["logit"][0]))
+
+
+def _depth(grammar: str) -> int:
+    """How deeply groups are nested, at most: parentheses in literals count too."""
+    depth = deepest = 0
+    for character in grammar:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _samplers(vocab: Any, vocabulary: int, params: GenerateParams) -> list[Any]:

@@ -439,6 +439,7 @@ class EngineLoop:
     def _logprob(self, token: int, piece: bytes, logits: Logits, count: int) -> list[Any]:
         """[piece, log probability, alternatives], of the model's own distribution."""
         highest = float(logits.max())
+        count = min(max(count, 0), len(logits))
         normaliser = highest + float(np.log(np.exp(logits - highest).sum()))
         best = np.argpartition(logits, -count)[-count:] if count else np.empty(0, dtype=np.int64)
         best = best[np.argsort(-logits[best])]

@@ -8,7 +8,8 @@ The cache has `cells`, one per token of any sequence, and `slots`, one per resid
 
 Rules:
 - First come, first served: a sequence keeps its place when it is swapped out, so none starves.
-- Every running sequence gets its one row in every step; prompts share what is left of the budget.
+- Every running sequence gets its one row in every step; prompts share what is left of the budget,
+  the oldest and the short ones first.
 - When the cache is full, the youngest resident gives way. The oldest never does, so some
   sequence always advances.
 - A sequence that awaits its KV from elsewhere holds cells for its whole prompt and is never
@@ -188,19 +189,33 @@ class Scheduler:
         free -= len(step.parts)
         if running:
             budget = min(budget, self.shared_chunk)
-        for sequence in self.resident:
-            if sequence.phase is not Phase.PREFILLING or sequence.stalled:
-                continue
-            missing = len(sequence.tokens) - sequence.computed
-            count = min(missing, budget, free)
-            if count <= 0:
-                continue
-            step.parts.append(Part(sequence, sequence.computed, count, count == missing))
-            budget -= count
-            free -= count
+        self._share_out(step, min(budget, free))
         self._evict(sum(part.count for part in step.parts))
         step.moves, self._moves = self._moves, []
         return step
+
+    def _share_out(self, step: Step, budget: int) -> None:
+        """Give prompts their share of the budget.
+
+        The shortest come first, so that a short question does not wait behind a long document; but
+        half of the budget is the oldest's, so that it always advances.
+        """
+        prompts = [s for s in self.resident if s.phase is Phase.PREFILLING and not s.stalled]
+        if not prompts:
+            return
+        oldest = prompts[0]
+        held = min(_missing(oldest), (budget + 1) // 2)
+        shares: dict[int, int] = {}
+        for sequence in sorted(prompts, key=lambda s: (_missing(s), s.order)):
+            if sequence is oldest:
+                held = 0
+            shares[sequence.slot] = min(_missing(sequence), budget - held)
+            budget -= shares[sequence.slot]
+        for sequence in prompts:
+            count = shares[sequence.slot]
+            if count:
+                whole = count == _missing(sequence)
+                step.parts.append(Part(sequence, sequence.computed, count, whole))
 
     def advance(self, part: Part) -> None:
         """A part of the plan was computed."""
@@ -325,3 +340,8 @@ class Scheduler:
     def _promised(self) -> int:
         """Cells that admitted prompts will still take."""
         return sum(len(s.tokens) - s.computed for s in self.resident if s.phase is Phase.PREFILLING)
+
+
+def _missing(sequence: Sequence) -> int:
+    """Tokens of a sequence that have no KV yet."""
+    return len(sequence.tokens) - sequence.computed
