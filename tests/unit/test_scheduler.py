@@ -179,7 +179,7 @@ def test_a_stalled_prompt_does_not_hold_others_up() -> None:
     stalled.stalled = True
     assert parts(compute(scheduler)) == [("other", 2, 1, True)]
     stalled.stalled = False
-    assert parts(compute(scheduler)) == [("other", 3, 1, True), ("stalled", 4, 3, False)]
+    assert parts(compute(scheduler)) == [("other", 3, 1, True), ("stalled", 2, 3, False)]
 
 
 def test_removing_twice_frees_a_slot_once() -> None:
