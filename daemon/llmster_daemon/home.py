@@ -14,13 +14,7 @@ from pathlib import Path
 from .errors import Conflict, HomeError
 from .supervisor.process import write_atomically
 
-ENV_HOME = "LLMSTER_HOME"
 MIN_FREE_BYTES = 1 << 20
-
-
-def default_home() -> Path:
-    """`$LLMSTER_HOME`, or `~/.llmster`."""
-    return Path(os.environ.get(ENV_HOME) or Path.home() / ".llmster")
 
 
 def prepare(home: Path, *folders: str) -> None:

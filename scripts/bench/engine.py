@@ -28,9 +28,9 @@ import httpx
 import llama_cpp
 
 from llmster_daemon.config import NodeConfig
-from llmster_daemon.home import default_home
 from llmster_daemon.models.sample import ensure_sample
 from llmster_daemon.models.store import ModelStore
+from llmster_tui.commands.options import DEFAULT_HOME
 
 HERE = Path(__file__).parent
 THREADS = len(os.sched_getaffinity(0))
@@ -249,7 +249,7 @@ async def run(model: Path, repeat: int) -> list[dict[str, object]]:
 
 def q4_0_sample() -> Path:
     """The sample model, quantised again by llama.cpp; made once, kept in the home's cache."""
-    cache = default_home() / "cache"
+    cache = DEFAULT_HOME / "cache"
     copy = cache / "smollm2-135m-instruct-q4_0.gguf"
     if not copy.exists():
         cache.mkdir(parents=True, exist_ok=True)

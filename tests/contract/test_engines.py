@@ -23,7 +23,7 @@ from llmster_daemon.engines.local import LocalEngine
 from llmster_daemon.errors import BadRequest, Conflict, ContextOverflow, LlmsterError
 
 PROMPT = "one two three one two three one two three one"
-PROMPTS = [weekdays(first, 14) for first in range(7)]
+PROMPTS = [weekdays(first, 14) for first in range(5)]
 
 
 async def refused(engine: LocalEngine, **fields: Any) -> LlmsterError:

@@ -29,7 +29,7 @@ from fakes.node import (
 from llmster_daemon.app import run_daemon
 from llmster_daemon.config import NodeConfig
 from llmster_daemon.errors import Conflict, HomeError
-from llmster_daemon.home import bind, default_home, identity, locked, prepare
+from llmster_daemon.home import bind, identity, locked, prepare
 
 
 @pytest.fixture
@@ -46,16 +46,6 @@ def taken() -> Iterator[int]:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def test_where_a_home_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("LLMSTER_HOME", raising=False)
-    assert default_home() == tmp_path / ".llmster"
-    monkeypatch.setenv("LLMSTER_HOME", "")
-    assert default_home() == tmp_path / ".llmster"
-    monkeypatch.setenv("LLMSTER_HOME", str(tmp_path / "other"))
-    assert default_home() == tmp_path / "other"
 
 
 def test_a_home_is_made_private_and_empty(home: Path) -> None:

@@ -125,6 +125,8 @@ BAD: list[tuple[str, bytes | dict[str, Any], str, str | None]] = [
     (CHAT, chat(n="2"), "invalid_value", "n"),
     (CHAT, chat(tools=[{"type": "function"}]), "unsupported_parameter", "tools"),
     (CHAT, chat(tools="all"), "invalid_value", "tools"),
+    (CHAT, chat(functions=[{"name": "f"}]), "unsupported_parameter", "functions"),
+    (CHAT, chat(tool_choice="required"), "unsupported_parameter", "tool_choice"),
     (CHAT, chat(response_format={"type": "yaml"}), "bad_schema",
      "response_format"),
     (CHAT, chat(top_logprobs=50), "invalid_value", "top_logprobs"),

@@ -22,7 +22,6 @@ MAGIC = b"LKV"
 FRAME = struct.Struct(">3sBBIIQI")
 """magic, version, kind, start, end, body bytes, CRC-32 of the body."""
 MAX_TEXT_BYTES = 64 << 10
-SOCKET_BUFFER_BYTES = 4 << 20
 
 
 class Kind(IntEnum):

@@ -102,13 +102,20 @@ class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=INT32_END)
     tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     def unsupported(self) -> str | None:
         """As above."""
-        return "tools" if self.tools else super().unsupported()
+        for name in ("tools", "functions"):
+            if getattr(self, name):
+                return name
+        if self.tool_choice not in (None, "none", "auto"):
+            return "tool_choice"
+        return super().unsupported()
 
     def alternatives(self) -> int | None:
         """As above."""
