@@ -129,6 +129,12 @@ def test_biases_and_penalties_change_the_answer(pool: PoolOnDisk) -> None:
         assert text_of(pool.capital(**loop, **penalty)).count("cat") < free.count("cat")
 
 
+@pytest.mark.parametrize("seed", [-1, 0, 4294967295, 1 << 40])
+def test_any_seed_gives_the_same_answer_twice(pool: PoolOnDisk, seed: int) -> None:
+    fields = {"prompt": "A story:", "temperature": 1.5, "top_k": 0, "max_tokens": 16, "seed": seed}
+    assert text_of(pool.capital(**fields)) == text_of(pool.capital(**fields))
+
+
 def test_fields_out_of_range_are_refused(pool: PoolOnDisk) -> None:
     for field, value in (
         ("frequency_penalty", 3),

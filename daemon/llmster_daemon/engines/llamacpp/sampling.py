@@ -143,7 +143,8 @@ def _depth(grammar: str) -> int:
 
 def _samplers(vocab: Any, vocabulary: int, params: GenerateParams) -> list[Any]:
     """The samplers that these parameters need, in order."""
-    seed = params.seed & 0xFFFFFFFF
+    # The last of the 32-bit numbers asks llama.cpp for a random seed.
+    seed = params.seed % 0xFFFFFFFF
     found = []
     if params.logit_bias:
         bias = (llama_cpp.llama_logit_bias * len(params.logit_bias))()
