@@ -4,9 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from llmster_daemon.models.sample import ensure_sample
 from llmster_daemon.models.store import ModelStore
+
+# Machines are noisy, so no example has a deadline. In CI the same examples come every time, so that
+# a change is judged by what it changes; elsewhere every run looks at new ones.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from itertools import product
 from typing import Any
 
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llmster_control.routing.policy import SPLIT_FROM_BYTES, choose
@@ -145,6 +145,8 @@ def test_no_route_only_where_nobody_may_serve(
         assert decision.reviving == (reviving or bool(ask.excluded))
 
 
+# Pools where nobody is able are many, and say nothing here.
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(pools(), ASKS)
 def test_the_clients_preference_holds_where_it_can(pool: tuple[Candidate, ...], ask: Ask) -> None:
     fit = usable(pool, ask)

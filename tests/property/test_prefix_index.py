@@ -96,4 +96,4 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefixIndex = PrefixMachine.TestCase
-TestPrefixIndex.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestPrefixIndex.settings = settings(max_examples=400, stateful_step_count=50, deadline=None)

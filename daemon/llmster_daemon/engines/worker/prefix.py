@@ -57,22 +57,22 @@ class PrefixIndex:
 
         At most `limit` tokens. (None, 0) where nothing is shared.
         """
-        node, length = self._root, 0
-        while length < limit:
-            deepest, shared = None, 0
+        best, longest = self._root, 0
+        # Equal tokens may stand side by side, cut in different places: all are looked at.
+        open_ends = [(self._root, 0)]
+        while open_ends:
+            node, length = open_ends.pop()
+            if length == limit:
+                continue
             for child in node.children.get(tokens[length], ()):
-                common = _common(child.tokens, tokens, length, limit)
-                if common > shared:
-                    deepest, shared = child, common
-            if deepest is None:
-                break
-            length += shared
-            node = deepest
-            if shared < len(node.tokens):
-                break
-        if not length:
+                end = length + _common(child.tokens, tokens, length, limit)
+                if end > longest:
+                    best, longest = child, end
+                if end == length + len(child.tokens):
+                    open_ends.append((child, end))
+        if not longest:
             return None, 0
-        return next(iter(node.keys)), length
+        return next(iter(best.keys)), longest
 
     def add(self, key: int, source: int | None = None, length: int = 0) -> None:
         """A new active sequence, which shares the first `length` tokens of `source`."""
