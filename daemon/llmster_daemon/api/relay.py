@@ -55,7 +55,9 @@ async def forward(
         ) from error
     except httpx.HTTPError as error:
         raise EngineLost("the node went away before it answered") from error
-    if response.headers.get("content-type", "").startswith(STREAM):
+    streams = response.headers.get("content-type", "").startswith(STREAM)
+    # An error is read whole whatever its type: it may be sent elsewhere instead of answered.
+    if streams and response.status_code < 400:
         return response
     try:
         await response.aread()
@@ -93,7 +95,7 @@ async def _relay(response: httpx.Response) -> AsyncIterator[bytes]:
     end = EVENT_END
     try:
         async for data in response.aiter_raw():
-            end = (end + data)[-len(EVENT_END) :]
+            end = (end + data[-len(EVENT_END) :])[-len(EVENT_END) :]
             yield data
     except httpx.HTTPError:
         if end != EVENT_END:
